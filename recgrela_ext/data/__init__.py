@@ -1,0 +1,10 @@
+"""Interaction logs, splits, readers and a synthetic catalogue.
+
+Needs numpy alone; pandas and pyarrow are imported by the readers that use them.
+"""
+
+from __future__ import annotations
+
+from recgrela_ext.data.sequences import IdMap, Sequences, Targets
+
+__all__ = ["IdMap", "Sequences", "Targets"]

@@ -1,0 +1,11 @@
+"""The errors a user of the package can cause with files; both are ``ValueError``s with one clear line."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """An interaction log, an id map or a data file cannot be used as it is."""
+
+
+class CheckpointError(ValueError):
+    """A saved model, state or training checkpoint cannot be used as it is."""
