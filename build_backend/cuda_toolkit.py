@@ -60,7 +60,11 @@ def find_toolkit(has_cuda_sources: bool) -> Toolkit | None:
 def _nvcc_path() -> str:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     search = os.pathsep.join(
-        [*(str(Path(home) / "bin") for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        [
+            *(str(Path(home) / "bin") for home in homes),
+            os.environ.get("PATH", ""),
+            "/usr/local/cuda/bin",
+        ]
     )
     nvcc = shutil.which("nvcc", path=search)
     if nvcc is None:

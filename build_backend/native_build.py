@@ -81,7 +81,9 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
     """Builds both files under WORK; returns extension name -> path."""
     cuda_sources = sorted(Path("csrc/cuda").rglob("*.cu"))
     toolkit = find_toolkit(bool(cuda_sources))
-    lines = [RULES.format(work=WORK, cxx=compiler(), nvcc=quoted([toolkit.nvcc if toolkit else "nvcc"]))]
+    lines = [
+        RULES.format(work=WORK, cxx=compiler(), nvcc=quoted([toolkit.nvcc if toolkit else "nvcc"]))
+    ]
 
     stable = [*STABLE_ABI, f"-isystem{torch.include}"]
     cpp = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
@@ -91,7 +93,13 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
         objects += [edge(lines, "nvcc", path, flags) for path in cuda_sources]
     # --no-as-needed: the CUDA symbols of torch are reached through libtorch alone, and nothing
     # here names one directly. No rpath: torch is imported first and brings its libraries along.
-    libraries = [f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    libraries = [
+        f"-L{torch.lib}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-Wl,--as-needed",
+    ]
     libraries += ["-Wl,--exclude-libs,ALL", *(toolkit.link_flags if toolkit else [])]
     library = link(lines, WORK / "librecgrela.so", objects, libraries)
 
@@ -123,7 +131,13 @@ def module_flags(torch: Torch, version: str, toolkit: Toolkit | None) -> list[st
 
 def nvcc_flags(toolkit: Toolkit) -> list[str]:
     host = ",".join(flag for flag in CXX_FLAGS if flag.startswith("-f"))
-    return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-Xcompiler={host}", *toolkit.gencode_flags]
+    return [
+        "-O3",
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        f"-Xcompiler={host}",
+        *toolkit.gencode_flags,
+    ]
 
 
 def edge(lines: list[str], rule: str, source: Path, flags: Iterable[str]) -> Path:
@@ -145,9 +159,13 @@ def quoted(words: Iterable[str]) -> str:
 
 
 def compiler() -> str:
-    command = shlex.split(os.environ.get("CXX", "g++")) + shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = shlex.split(os.environ.get("CXX", "g++")) + shlex.split(
+        os.environ.get("CXXFLAGS", "")
+    )
     if shutil.which(command[0]) is None:
-        raise SystemExit(f"recgrela_ext: a C++ compiler is needed, {command[0]} was not found (set CXX)")
+        raise SystemExit(
+            f"recgrela_ext: a C++ compiler is needed, {command[0]} was not found (set CXX)"
+        )
     return quoted(command)
 
 
