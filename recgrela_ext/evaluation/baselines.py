@@ -4,9 +4,9 @@
     Markov:     score(j) = sum_l w_l P_l(j | item at lag l),   l = 1..lags,  w_l = 1 / sqrt(l)
                 P_l(j | i) = (C_l(i, j) + a p(j)) / (C_l(i) + a)
 
-with C_l(i, j) = how often j stands l places after i in a training history, C_l(i) its row sum, p the
-popularity as a distribution and ``a`` the strength of that prior. On ML-1M (order ``file``,
-leave-one-out test) Markov over six lags reaches NDCG@10 0.128 with and 0.153 without seen items.
+with C_l(i, j) = how often j stands l places after i in a training history, C_l(i) its row sum,
+p the popularity as a distribution and ``a`` the strength of that prior. On ML-1M (order ``file``,
+leave-one-out test) Markov over six lags reaches NDCG@10 0.1278 with and 0.1532 without seen items.
 
 Counts are kept as compressed sparse rows: at most 8 bytes for each lag and training event, whatever
 the catalogue.
@@ -14,10 +14,14 @@ the catalogue.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from recgrela_ext.data.sequences import Sequences, Targets, repeat_share
+from recgrela_ext.evaluation.ranking import Scorer
 
 
 class TrainingData(Protocol):
@@ -28,6 +32,45 @@ class TrainingData(Protocol):
 
     @property
     def n_items(self) -> int: ...
+
+
+def make_baselines(
+    baselines: Mapping[str, Scorer] | TrainingData | None, targets: Any
+) -> dict[str, Scorer]:
+    """The scorers to print beside a model.
+
+    Args:
+        baselines: training histories to count :class:`Popularity` and :class:`Markov` in; or named
+            scorers, none of them with ``{}``; or ``None``: counted in :func:`visible_part`.
+        targets: the targets of the evaluation.
+    """
+    if isinstance(baselines, Mapping):
+        return dict(baselines)
+    train = visible_part(targets) if baselines is None else baselines
+    if train.n_items != targets.n_items:
+        raise ValueError(
+            f"evaluate: baselines must have the targets' n_items {targets.n_items}, "
+            f"got {train.n_items}"
+        )
+    return {"Popularity": Popularity(train), "Markov": Markov(train)}
+
+
+def visible_part(targets: Targets) -> Sequences:
+    """Everything each user did before the first of the targets: where no training data is at hand.
+
+    For the test targets of a leave-one-out split that is the training part and the validation
+    items: one event per user more than a model trained on the training part has seen.
+    """
+    stop = targets.offsets[1:].copy()
+    np.minimum.at(stop, targets.user, targets.position)
+    lengths = stop - targets.offsets[:-1]
+    keep = np.arange(len(targets.items)) < np.repeat(stop, np.diff(targets.offsets))
+    items = targets.items[keep]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    share = repeat_share(items, offsets)
+    return Sequences(
+        items, offsets, targets.id_map, targets.order, targets.order_seed, targets.name, share
+    )
 
 
 class Popularity:

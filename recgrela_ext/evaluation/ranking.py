@@ -77,7 +77,7 @@ def rank_targets(
             always the whole history.
         batch_size: histories per call; ``None``: about 32,768 items for a model, at most 64 MB of
             scores for a scorer.
-        user_block, item_block: scores of ``[user_block, item_block]`` are held at once, for a model.
+        user_block, item_block: of a model, ``[user_block, item_block]`` scores are held at once.
         progress: a bar on stderr; ``None``: only on a terminal.
 
     A target without a history gets the hidden state 0 from a model: every item ties, it ranks last.
@@ -175,8 +175,7 @@ def _rank_scorer(scorer: Scorer, ranking: _Ranking, batch_size: int | None) -> N
         scores = scorer.score([ranking.targets.history(int(i)) for i in index]).float()
         if tuple(scores.shape) != (len(index), n_items):
             raise ValueError(
-                f"rank_targets: scores must be [{len(index)}, {n_items}], "
-                f"got {list(scores.shape)}"
+                f"rank_targets: scores must be [{len(index)}, {n_items}], got {list(scores.shape)}"
             )
         rows = torch.from_numpy(ranking.items[index]).to(scores.device)
         target_score = scores.gather(1, rows[:, None])[:, 0]
@@ -192,6 +191,11 @@ def _rank_model(
     item_block: int,
 ) -> None:
     table = model.item_embedding.weight.detach()
+    if getattr(getattr(model, "config", None), "padding_idx", 0) != 0:
+        raise ValueError(
+            "rank_targets: model must have padding_idx 0, as the data's item rows start at 1, "
+            f"got {model.config.padding_idx}"
+        )
     if len(table) != ranking.targets.n_items:
         raise ValueError(
             f"rank_targets: model must have the targets' n_items {ranking.targets.n_items}, "
@@ -241,8 +245,8 @@ def encode_histories(
     """Hidden states after each history's last item: pairs (index ``[b]``, hidden ``[b, hidden]``).
 
     Histories go shortest first, so that a batch holds little padding; the hidden state of an empty
-    history is 0. A model that attends to padding (``config.attend_padding``) is given batches padded
-    to ``max_seq_len``, as its published evaluation does.
+    history is 0. A model that attends to padding (``config.attend_padding``) is given batches
+    padded to ``max_seq_len``, as its published evaluation does.
 
     Args:
         model: as in :func:`rank_targets`.
@@ -252,9 +256,11 @@ def encode_histories(
     """
     config = getattr(model, "config", None)
     crop = max_seq_len if max_seq_len is not None else getattr(config, "max_seq_len", None)
-    fixed = crop if getattr(config, "attend_padding", False) else None
     lengths = np.array([len(history) for history in histories], np.int64)
     lengths = lengths if crop is None else np.minimum(lengths, crop)
+    fixed = None
+    if crop is not None and getattr(config, "attend_padding", False):
+        fixed = min(crop, max(config.max_seq_len, int(lengths.max(initial=1))))
     order = np.argsort(lengths, kind="stable")
     device = model.item_embedding.weight.device
     was_training = bool(getattr(model, "training", False))

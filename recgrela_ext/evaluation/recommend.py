@@ -1,0 +1,151 @@
+"""Top-k lists for users and histories in raw ids and titles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from recgrela_ext.data.sequences import IdMap, Sequences
+from recgrela_ext.errors import DataError
+
+_USERS_PER_BATCH = 256
+_REPEATS_KEEP_SEEN = 0.01  # above this share of repeats "auto" keeps seen items, as the model does
+
+
+class Recommended(TypedDict):
+    """One line of a list: raw ids, the item's title (its raw id as text without titles), score."""
+
+    user: int | str | None
+    rank: int
+    item: int | str
+    title: str
+    score: float
+
+
+def recommend_for_users(
+    model: Any,
+    sequences: Sequences,
+    users: Sequence[int | str],
+    k: int = 10,
+    exclude_seen: bool | str = True,
+) -> list[Recommended]:
+    """Top-k lists of users, one after another, best item first.
+
+    The model reads the last ``model.config.max_seq_len`` items of a history; the whole history
+    counts as seen. A list is shorter than ``k`` where fewer items are left.
+
+    Args:
+        model: a ``RecGRELA`` for the catalogue of ``sequences``.
+        sequences: the histories, with the raw ids.
+        users: raw user ids.
+        k: length of a list, at least 1.
+        exclude_seen: ``"auto"`` keeps seen items in where more than 1 % of the training events
+            repeat (``model.config.repeat_share``), and leaves them out when that is unknown.
+
+    Raises:
+        DataError: an unknown user, or a user without events.
+        ValueError: ``k`` < 1, or a model of another catalogue.
+    """
+    rows = sequences.id_map.encode_users(list(users)).tolist()
+    histories = [sequences.history(row) for row in rows]
+    for user, history in zip(users, histories, strict=True):
+        if not len(history):
+            raise DataError(f"recommend_for_users: user must have events, got {user!r} with none")
+    names = sequences.id_map.user_ids[rows].tolist() if rows else []
+    return _recommend(model, sequences.id_map, names, histories, k, exclude_seen)
+
+
+def recommend_for_items(
+    model: Any,
+    id_map: IdMap,
+    items: Sequence[int | str],
+    k: int = 10,
+    exclude_seen: bool | str = True,
+) -> list[Recommended]:
+    """Top-k list for one history of raw item ids, oldest first; ``user`` is None in its lines.
+
+    Raises:
+        DataError: an unknown item, or no items.
+        ValueError: as in :func:`recommend_for_users`.
+    """
+    if not len(items):
+        raise DataError("recommend_for_items: items must hold at least one item, got none")
+    return _recommend(model, id_map, [None], [id_map.encode_items(list(items))], k, exclude_seen)
+
+
+def format_recommendations(lines: Sequence[Recommended]) -> str:
+    """Lists as text: a heading per user, then rank, score, raw id and title."""
+    text: list[str] = []
+    width = max((len(str(line["item"])) for line in lines), default=1)
+    for line in lines:
+        if line["rank"] == 1:
+            text.append("this history" if line["user"] is None else f"user {line['user']}")
+        label = f"  {line['title']}" if line["title"] != str(line["item"]) else ""
+        text.append(f"{line['rank']:4d}  {line['score']:8.3f}  {line['item']!s:>{width}}{label}")
+    return "\n".join(text)
+
+
+def _recommend(
+    model: Any,
+    id_map: IdMap,
+    users: Sequence[int | str | None],
+    histories: list[np.ndarray],
+    k: int,
+    exclude_seen: bool | str,
+) -> list[Recommended]:
+    if k < 1:
+        raise ValueError(f"recommend: k must be at least 1, got {k}")
+    if model.config.n_items != id_map.n_items:
+        raise ValueError(
+            f"recommend: model must have the data's n_items {id_map.n_items}, "
+            f"got {model.config.n_items}"
+        )
+    if exclude_seen == "auto":
+        share = model.config.repeat_share
+        exclude_seen = share is None or share <= _REPEATS_KEEP_SEEN
+    lines: list[Recommended] = []
+    lists = _top_lists(model, histories, k, bool(exclude_seen))
+    for user, (items, scores) in zip(users, lists, strict=True):
+        raw = id_map.decode_items(items).tolist()
+        for place, (item, row, score) in enumerate(zip(raw, items, scores, strict=True), start=1):
+            lines.append(
+                Recommended(
+                    user=user,
+                    rank=place,
+                    item=item,
+                    title=id_map.title(int(row)),
+                    score=float(score),
+                )
+            )
+    return lines
+
+
+def _top_lists(
+    model: Any, histories: list[np.ndarray], k: int, exclude_seen: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, scores) of each history's list, best first."""
+    window = model.config.max_seq_len
+    device = model.item_embedding.weight.device
+    for start in range(0, len(histories), _USERS_PER_BATCH):
+        batch = histories[start : start + _USERS_PER_BATCH]
+        lengths = [min(len(history), window) for history in batch]
+        item_seq = np.zeros((len(batch), max(lengths)), np.int64)
+        for row, history, length in zip(item_seq, batch, lengths, strict=True):
+            row[:length] = history[-length:]
+        # The model sees the window alone, so what is older is left out here: ask for enough.
+        seen = [np.unique(history) if exclude_seen else history[:0] for history in batch]
+        places = min(k + max(len(items) for items in seen), model.config.n_items - 1)
+        with torch.inference_mode():
+            top = model.recommend(
+                torch.from_numpy(item_seq).to(device),
+                torch.tensor(lengths, device=device),
+                k=places,
+                exclude_seen=False,
+            )
+        pairs = zip(top.items.cpu().numpy(), top.scores.float().cpu().numpy(), strict=True)
+        for (items, scores), known in zip(pairs, seen, strict=True):
+            keep = np.flatnonzero((items != 0) & ~np.isin(items, known))[:k]
+            yield items[keep], scores[keep]
