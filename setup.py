@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 
-from native_build import LIBRARY, MODULE, BuildNative  # noqa: E402
+from native_build import LIBRARY, MODULE, BuildNative
 
 setup(
     ext_modules=[Extension(name, sources=[]) for name in (LIBRARY, MODULE)],

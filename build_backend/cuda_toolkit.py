@@ -97,7 +97,7 @@ def _archs(supported: list[str]) -> tuple[str, ...]:
     for arch in wish:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             raise SystemExit(
-                f"recgrela_ext: TORCH_CUDA_ARCH_LIST must hold numbers like 9.0 or 12.0+PTX, got {arch}"
+                f"recgrela_ext: TORCH_CUDA_ARCH_LIST must list 9.0 or 12.0+PTX, got {arch}"
             )
     if wish:
         return tuple(wish)

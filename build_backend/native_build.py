@@ -85,7 +85,7 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
         RULES.format(work=WORK, cxx=compiler(), nvcc=quoted([toolkit.nvcc if toolkit else "nvcc"]))
     ]
 
-    stable = [*STABLE_ABI, f"-isystem{torch.include}"]
+    stable = [*STABLE_ABI, "-isystem", str(torch.include)]
     cpp = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
     objects = [edge(lines, "cxx", path, [*CXX_FLAGS, *stable]) for path in cpp if path.is_file()]
     if toolkit:
@@ -108,7 +108,8 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
     build_file = WORK / "build.ninja"
     build_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    subprocess.run([ninja(), "-f", str(build_file), "-j", jobs], check=True)
+    if subprocess.run([ninja(), "-f", str(build_file), "-j", jobs], check=False).returncode != 0:
+        raise SystemExit("recgrela_ext: compilation failed, the compiler's words are above")
     return built
 
 
@@ -125,7 +126,7 @@ def module_flags(torch: Torch, version: str, toolkit: Toolkit | None) -> list[st
     return [
         *CXX_FLAGS,
         *(f'-DRECGRELA_{name}="{value}"' for name, value in facts.items()),
-        *(f"-isystem{path}" for path in includes),
+        *(f"-I{path}" for path in includes),
     ]
 
 
