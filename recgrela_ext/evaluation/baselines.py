@@ -15,7 +15,6 @@ the catalogue.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,18 +23,8 @@ from recgrela_ext.data.sequences import Sequences, Targets, repeat_share
 from recgrela_ext.evaluation.ranking import Scorer
 
 
-class TrainingData(Protocol):
-    """What the baselines read of ``recgrela_ext.data.Sequences``."""
-
-    items: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def n_items(self) -> int: ...
-
-
 def make_baselines(
-    baselines: Mapping[str, Scorer] | TrainingData | None, targets: Any
+    baselines: Mapping[str, Scorer] | Sequences | None, targets: Targets
 ) -> dict[str, Scorer]:
     """The scorers to print beside a model.
 
@@ -80,7 +69,7 @@ class Popularity:
         train: training histories.
     """
 
-    def __init__(self, train: TrainingData) -> None:
+    def __init__(self, train: Sequences) -> None:
         self.counts = np.bincount(train.items, minlength=train.n_items).astype(np.float32)
 
     def score(self, histories: list[np.ndarray]) -> torch.Tensor:
@@ -100,7 +89,7 @@ class Markov:
         ValueError: ``lags`` < 1 or ``prior`` <= 0.
     """
 
-    def __init__(self, train: TrainingData, lags: int = 6, prior: float = 10.0) -> None:
+    def __init__(self, train: Sequences, lags: int = 6, prior: float = 10.0) -> None:
         if lags < 1:
             raise ValueError(f"Markov: lags must be at least 1, got {lags}")
         if not prior > 0:
@@ -132,7 +121,7 @@ class Markov:
 class _PairCounts:
     """C_l(i, j) of one lag as compressed sparse rows; ``total[i]`` is the row sum."""
 
-    def __init__(self, train: TrainingData, lag: int) -> None:
+    def __init__(self, train: Sequences, lag: int) -> None:
         n_items = train.n_items
         user = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
         same = user[lag:] == user[:-lag]

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from recgrela_ext.data.sequences import Targets
+
 _ITEMS_PER_BATCH = 32_768  # batch_size=None: longer histories go in smaller batches
 
 
@@ -33,20 +35,6 @@ class Scorer(Protocol):
         ...
 
 
-class EvaluationTargets(Protocol):
-    """What ranking reads of ``recgrela_ext.data.Targets``."""
-
-    def __len__(self) -> int: ...
-
-    def history(self, index: int) -> np.ndarray: ...
-
-    @property
-    def target_items(self) -> np.ndarray: ...
-
-    @property
-    def n_items(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Ranks:
     """1-based ranks, int64 ``[n]``, one per target and view."""
@@ -57,7 +45,7 @@ class Ranks:
 
 def rank_targets(
     model: Any,
-    targets: EvaluationTargets,
+    targets: Targets,
     *,
     max_seq_len: int | None = None,
     batch_size: int | None = None,
@@ -110,7 +98,7 @@ def rank_targets(
 class _Ranking:
     """Ranks so far, and the count of ``score >= target`` over blocks of scores."""
 
-    def __init__(self, targets: EvaluationTargets, bar: Any) -> None:
+    def __init__(self, targets: Targets, bar: Any) -> None:
         self.targets = targets
         self.items = targets.target_items.astype(np.int64)
         self.included = np.zeros(len(targets), np.int64)
@@ -259,7 +247,7 @@ def encode_histories(
     lengths = np.array([len(history) for history in histories], np.int64)
     lengths = lengths if crop is None else np.minimum(lengths, crop)
     fixed = None
-    if crop is not None and getattr(config, "attend_padding", False):
+    if crop is not None and config is not None and getattr(config, "attend_padding", False):
         fixed = min(crop, max(config.max_seq_len, int(lengths.max(initial=1))))
     order = np.argsort(lengths, kind="stable")
     device = model.item_embedding.weight.device
