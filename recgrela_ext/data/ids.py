@@ -1,0 +1,190 @@
+"""Raw ids to compact codes. Codes are int32, 0-based, in ascending order of the raw ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from recgrela_ext.errors import DataError
+
+LARGEST_ID = 2**63 - 1
+_LONGEST_TEXT_ID = 256
+
+
+def factorize(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """``(sorted raw ids, int32 code of every row)``; DataError on a missing or impossible id.
+
+    Integers stay integers (0..2**63 - 1), text stays text.
+    """
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise DataError(f"{where}: {what} ids must be one column, got shape {array.shape}")
+    if array.dtype.kind == "f":
+        array = _integral(array, what, where)
+    if array.dtype.kind in "iu":
+        return _factorize_integers(array, what, where)
+    if array.dtype.kind not in "OUST":
+        raise DataError(f"{where}: {what} ids must be integers or text, got dtype {array.dtype}")
+    if array.dtype.kind in "US":
+        uniques, codes = np.unique(array.astype(str), return_inverse=True)
+    else:
+        uniques, codes = _factorize_objects(values, what, where)
+    encoder = IdEncoder(what, where)
+    encoder.add(uniques.tolist(), codes)
+    return encoder.finish(parse_numbers=False)
+
+
+def compact(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the ids that no longer occur; ``(ids, codes)``."""
+    used = np.zeros(len(ids), dtype=bool)
+    used[codes] = True
+    if used.all():
+        return ids, codes
+    place = np.cumsum(used, dtype=np.int32) - np.int32(1)
+    return ids[used], place[codes]
+
+
+def id_hashes(ids: np.ndarray, seed: int) -> np.ndarray:
+    """One uint64 per id, a function of the raw id and the seed alone."""
+    if ids.dtype.kind == "i":
+        numbers = ids.astype(np.uint64)
+    else:
+        digests = (hashlib.blake2b(str(raw).encode(), digest_size=8).digest() for raw in ids)
+        numbers = np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+    return mix(numbers ^ mix(np.uint64([seed % 2**64])))
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that spreads every input bit (the finaliser of splitmix64)."""
+    with np.errstate(over="ignore"):
+        out = values + np.uint64(0x9E3779B97F4A7C15)
+        out = (out ^ (out >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        out = (out ^ (out >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(out ^ (out >> np.uint64(31)))
+
+
+class IdEncoder:
+    """Codes of one id column that arrives in chunks; memory grows with distinct ids alone."""
+
+    def __init__(self, what: str, where: str) -> None:
+        self._what = what
+        self._where = where
+        self._code_of: dict[int | str, int] = {}
+        self._chunks: list[np.ndarray] = []
+
+    def add(self, uniques: Iterable[Any], codes: np.ndarray) -> None:
+        """One chunk: row ``r`` holds the raw id ``uniques[codes[r]]``."""
+        known = self._code_of
+        place = np.array([known.setdefault(raw, len(known)) for raw in uniques], dtype=np.int32)
+        self._chunks.append(place[codes])
+
+    def finish(self, parse_numbers: bool) -> tuple[np.ndarray, np.ndarray]:
+        """``(sorted raw ids, int32 codes)``; frees the chunks.
+
+        ``parse_numbers`` turns ids into integers when every one of them is written as a plain
+        integer; ``007`` beside ``7``, or any other text, keeps all of them text.
+        """
+        raw = list(self._code_of)
+        if parse_numbers and all(isinstance(one, str) and _is_plain_integer(one) for one in raw):
+            raw = [int(one) for one in raw]
+        if any(isinstance(one, str) for one in raw):
+            raw = [str(one) for one in raw]
+        self._check(raw)
+        ids, first, rank = np.unique(
+            np.array(raw) if raw else np.empty(0, np.int64),
+            return_index=True,
+            return_inverse=True,
+        )
+        if len(first) != len(raw):
+            raise DataError(f"{self._where}: {self._what} ids must be of one type, got a mixture")
+        self._code_of = {}
+        codes = np.concatenate([*self._chunks, np.empty(0, np.int32)])
+        self._chunks = []
+        np.take(rank.astype(np.int32), codes, out=codes)
+        return ids, codes
+
+    def _check(self, raw: list[Any]) -> None:
+        if not raw:
+            return
+        if isinstance(raw[0], str):
+            _check_text(raw, self._what, self._where)
+        else:
+            _check_range(min(raw), max(raw), self._what, self._where)
+
+
+def _is_plain_integer(text: str) -> bool:
+    digits = text[1:] if text.startswith("-") else text
+    return digits.isdecimal() and digits.isascii() and (digits[0] != "0" or text == "0")
+
+
+def _check_range(smallest: int, largest: int, what: str, where: str) -> None:
+    if smallest < 0 or largest > LARGEST_ID:
+        raise DataError(
+            f"{where}: {what} ids must lie in 0..2**63-1, "
+            f"got {smallest if smallest < 0 else largest}"
+        )
+
+
+def _check_text(raw: list[str], what: str, where: str) -> None:
+    longest = max(raw, key=len)
+    if len(longest) > _LONGEST_TEXT_ID:
+        raise DataError(
+            f"{where}: {what} ids must have at most {_LONGEST_TEXT_ID} characters, "
+            f"got {len(longest)} ({longest[:20]!r}...)"
+        )
+    if "" in raw:
+        raise DataError(f"{where}: {what} ids must not be empty")
+    broken = next((one for one in raw if "\t" in one or "\n" in one), None)
+    if broken is not None:
+        raise DataError(f"{where}: {what} ids must hold no tab or line feed, got {broken!r}")
+
+
+def _integral(array: np.ndarray, what: str, where: str) -> np.ndarray:
+    """Integers that pandas turned to floats, because a column once had a gap, are integers."""
+    missing = np.flatnonzero(np.isnan(array))
+    if missing.size:
+        raise DataError(
+            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
+            f"the first in row {missing[0]}"
+        )
+    bad = np.flatnonzero((array != np.floor(array)) | (np.abs(array) > 2.0**53))
+    if bad.size:
+        raise DataError(
+            f"{where}: {what} ids must be integers (below 2**53 in a float column), "
+            f"got {array[bad[0]]} in row {bad[0]}"
+        )
+    return array.astype(np.int64)
+
+
+def _factorize_integers(array: np.ndarray, what: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    if not array.size:
+        return np.empty(0, np.int64), np.empty(0, np.int32)
+    smallest, largest = int(array.min()), int(array.max())
+    _check_range(smallest, largest, what, where)
+    if largest - smallest > 4 * array.size:
+        ids, codes = np.unique(array, return_inverse=True)
+        return ids.astype(np.int64), codes.astype(np.int32)
+    # A dense range needs no sort: a presence table gives ids and codes in one pass each.
+    present = np.zeros(largest - smallest + 1, dtype=bool)
+    present[array - smallest if smallest else array] = True
+    place = np.cumsum(present, dtype=np.int32) - np.int32(1)
+    codes = place[array - smallest if smallest else array]
+    return np.flatnonzero(present).astype(np.int64) + smallest, codes
+
+
+def _factorize_objects(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    from recgrela_ext.data.optional import import_pandas
+
+    codes, uniques = import_pandas(where).factorize(
+        values if hasattr(values, "dtype") else np.asarray(values)
+    )
+    missing = np.flatnonzero(codes < 0)
+    if missing.size:
+        raise DataError(
+            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
+            f"the first in row {missing[0]}"
+        )
+    return np.asarray(uniques, dtype=object), codes

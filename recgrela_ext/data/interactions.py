@@ -1,0 +1,288 @@
+"""A log of (user, item, time): load, filter, split.
+
+Layout: three columns of equal length in file order, ``user`` and ``item`` int32 codes,
+``time`` int64 or float64 (or None); the position in the file is the row number.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from recgrela_ext.data import splits
+from recgrela_ext.data.ids import compact, factorize
+from recgrela_ext.data.order import check_order, sort_rows
+from recgrela_ext.data.sequences import IdMap, Sequences, Targets
+from recgrela_ext.errors import DataError
+
+Split: TypeAlias = tuple[Sequences, Targets, Targets]
+
+_TIES_WORTH_A_WARNING = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """An interaction log in compact columns; made by :meth:`from_frame` or :meth:`from_file`.
+
+    Args:
+        user: int32 ``[N]``, codes into ``user_ids``, in file order.
+        item: int32 ``[N]``, codes into ``item_ids``.
+        time: int64 or float64 ``[N]`` in any unit, or None: the file order is the time order.
+        user_ids, item_ids: raw ids, ascending, int64 or str.
+        item_titles: raw item id -> title, where the data has titles.
+        order: the rule for ties in time, see ``recgrela_ext.data.order``.
+        seed: seed of that rule.
+        name: name of the data set, for results.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray | None
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    item_titles: Mapping[int | str, str] | None = None
+    order: str = "hash"
+    seed: int = 0
+    name: str = "frame"
+
+    def __post_init__(self) -> None:
+        check_order(self.order, self.time is not None, "Interactions")
+        if not len(self.user):
+            raise DataError(f"Interactions: {self.name} must hold at least one event, got 0")
+
+    @classmethod
+    def from_frame(
+        cls,
+        df: Any,
+        user: str = "user",
+        item: str = "item",
+        time: str | None = "timestamp",
+        order: str = "hash",
+        seed: int = 0,
+        title: str | None = None,
+        name: str = "frame",
+    ) -> Interactions:
+        """A log from a DataFrame (pandas, polars), or any mapping of column names to arrays.
+
+        Args:
+            df: the columns; rows in file order.
+            user, item: names of the id columns, integers or text.
+            time: name of the time column (numbers, datetimes or date text), or None together
+                with ``order="file"``: rows of a user are then taken as they stand.
+            order, seed: the rule for ties in time.
+            title: name of a column with item titles; the last title of an item counts.
+            name: name of the data set, for results.
+
+        Raises:
+            DataError: a missing column, no rows, a missing or negative id, a missing time.
+        """
+        from recgrela_ext.data.times import as_time
+
+        where = "from_frame"
+        wanted = [column for column in (user, item, time, title) if column is not None]
+        found = [str(column) for column in (df.columns if hasattr(df, "columns") else df)]
+        for column in wanted:
+            if column not in found:
+                raise DataError(
+                    f"{where}: column {column!r} is missing; the columns are {', '.join(found)}"
+                )
+        check_order(order, time is not None, where)
+        rows = {column: len(df[column]) for column in wanted}
+        if len(set(rows.values())) > 1:
+            raise DataError(f"{where}: columns must have one length, got {rows}")
+        if not rows[user]:
+            raise DataError(f"{where}: df must hold at least one row, got 0")
+        user_ids, user_codes = factorize(df[user], "user", where)
+        item_ids, item_codes = factorize(df[item], "item", where)
+        times = None if time is None else as_time(df[time], where)
+        titles = None
+        if title is not None:
+            raw_items = item_ids[item_codes].tolist()
+            titles = dict(zip(raw_items, map(str, df[title]), strict=True))
+        return cls(user_codes, item_codes, times, user_ids, item_ids, titles, order, seed, name)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        format: str = "auto",
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        order: str = "hash",
+        seed: int = 0,
+        progress: bool | None = None,
+        keep: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Interactions:
+        """A log from a file or a folder of a known data set; needs pandas (pyarrow for Parquet).
+
+        Args:
+            path: a file, possibly ``.gz``, or the folder of a data set.
+            format: one of ``recgrela_ext.data.readers.FORMATS``, or ``"auto"``.
+            user, item, time: column names where the format has a header; None takes the usual
+                ones. A file without a time column needs ``order="file"``.
+            order, seed: the rule for ties in time.
+            progress: show a bar on stderr; None shows it on a terminal.
+            keep: column name -> values; only rows with one of these values are read, for
+                example ``{"action_type": ["2"]}`` for the purchases of Tmall.
+            name: name of the data set, by default the file's or the folder's.
+
+        Raises:
+            DataError: anything wrong with the file, in one line.
+        """
+        from recgrela_ext.data.readers import read_columns
+
+        columns = read_columns(
+            path, format, user, item, time, order=order, progress=progress, keep=keep
+        )
+        return cls(
+            columns.user,
+            columns.item,
+            columns.time,
+            columns.user_ids,
+            columns.item_ids,
+            columns.item_titles,
+            order,
+            seed,
+            columns.name if name is None else name,
+        )
+
+    def __len__(self) -> int:
+        """Number of events."""
+        return len(self.user)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def id_map(self) -> IdMap:
+        return IdMap(self.user_ids, self.item_ids, self.item_titles)
+
+    def filter(
+        self,
+        k_core: tuple[int, int] | None = None,
+        *,
+        min_user: int = 1,
+        max_user: int | None = None,
+        min_item: int = 1,
+        max_item: int | None = None,
+    ) -> Interactions:
+        """Keep users and items whose number of events lies within bounds (inclusive).
+
+        Users and items out of bounds leave together, then all is counted again, until nothing
+        changes (as RecBole does). The paper's filters: ``k_core=(5, 5)`` for MovieLens;
+        ``min_user=50, max_user=500`` for LFM-1B; ``min_user=50, min_item=50, max_item=15000``
+        for Netflix. ``k_core=(u, i)`` says ``min_user=u, min_item=i``.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        if k_core is not None:
+            min_user, min_item = max(min_user, k_core[0]), max(min_item, k_core[1])
+        keep = np.ones(len(self), dtype=bool)
+        users, items = self.user, self.item
+        while True:
+            good_user = _within(users, self.num_users, min_user, max_user)
+            good_item = _within(items, self.num_items, min_item, max_item)
+            stays = good_user[users] & good_item[items]
+            if stays.all():
+                break
+            keep[keep] = stays
+            users, items = users[stays], items[stays]
+        if not len(users):
+            raise DataError(
+                f"filter: {self.name} must keep at least one user, got 0 of {self.num_users} "
+                f"(users {min_user}..{max_user or 'any'}, items {min_item}..{max_item or 'any'} "
+                "events)"
+            )
+        return self.subset(keep)
+
+    def subset(self, keep: np.ndarray) -> Interactions:
+        """The rows where ``keep`` (bool ``[N]``) is True; ids that no longer occur leave."""
+        if keep.all():
+            return self
+        user_ids, user = compact(self.user[keep], self.user_ids)
+        item_ids, item = compact(self.item[keep], self.item_ids)
+        time = None if self.time is None else self.time[keep]
+        return Interactions(
+            user, item, time, user_ids, item_ids, self.item_titles, self.order, self.seed, self.name
+        )
+
+    def first_events(self) -> Interactions:
+        """Only the first event of every (user, item), as the merged LFM-1B artists keep it."""
+        index = self.order_rows(warn=False)
+        pair = self.user[index].astype(np.int64) * self.num_items + self.item[index]
+        first = np.unique(pair, return_index=True)[1]
+        keep = np.zeros(len(self), dtype=bool)
+        keep[index[first]] = True
+        return self.subset(keep)
+
+    def order_rows(self, warn: bool = True) -> np.ndarray:
+        """Row numbers, int64 ``[N]``, user by user, each in time order with ties broken."""
+        index, tied = sort_rows(
+            self.user, self.item, self.time, self.user_ids, self.item_ids, self.order, self.seed
+        )
+        if warn and tied > _TIES_WORTH_A_WARNING:
+            warnings.warn(
+                f"{self.name}: {100 * tied:.1f} % of adjacent events of a user tie in time; the "
+                f"rule order={self.order!r} (seed {self.seed}) decides between them",
+                stacklevel=5,
+            )
+        return index
+
+    def sequences(self) -> Sequences:
+        """All events as histories, no split."""
+        return splits.sequences(self)
+
+    def leave_one_out(self) -> Split:
+        """Test: the last event of each user; validation: the one before; training: the rest.
+
+        A user with two events has a test target and no validation target; a user with one stays
+        in training and is no target (counted in ``Targets.dropped["short_users"]``). The history
+        of a test target includes the validation event.
+
+        Raises:
+            DataError: no user has two events.
+        """
+        return splits.leave_one_out(self)
+
+    def split_by_time(
+        self,
+        train: float = 0.8,
+        valid: float = 0.1,
+        test: float = 0.1,
+        targets: str = "all",
+    ) -> Split:
+        """Split at two moments for all users: the quantiles ``train`` and ``train + valid``.
+
+        Events with the time of a boundary belong to the later part. Items without a training
+        event leave the log (``dropped["cold_items"]``, ``dropped["cold_events"]``); an event that
+        has no earlier one of its user is no target (``dropped["no_history"]``). A user who
+        first appears after training keeps an empty training history.
+
+        Args:
+            train, valid, test: shares of all events, positive, with sum 1.
+            targets: ``"all"`` events of a part, or each user's ``"first"`` or ``"last"`` there.
+
+        Raises:
+            DataError: no time column, time that is a per-user rank, order ``"shuffled"``, shares
+                that do not add up, or a part without events.
+        """
+        return splits.split_by_time(self, (train, valid, test), targets)
+
+
+def _within(codes: np.ndarray, size: int, smallest: int, largest: int | None) -> np.ndarray:
+    count = np.bincount(codes, minlength=size)
+    good = count >= smallest
+    return good if largest is None else good & (count <= largest)

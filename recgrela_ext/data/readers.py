@@ -1,0 +1,260 @@
+"""Read files into compact columns, chunk by chunk: memory grows with the events, not the text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from recgrela_ext.data.formats import FORMATS, Source, resolve
+from recgrela_ext.data.ids import IdEncoder
+from recgrela_ext.data.optional import import_pandas, import_parquet
+from recgrela_ext.data.text import TextSource
+from recgrela_ext.data.times import as_time
+from recgrela_ext.data.titles import read_titles
+from recgrela_ext.errors import DataError
+
+__all__ = ["FORMATS", "Columns", "read_columns"]
+
+CHUNK_ROWS = 1 << 19
+_NO_TIME = ["", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "inf", "-inf"]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What a file holds: int32 codes, int64 or float64 time or None, ascending raw ids."""
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray | None
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    item_titles: dict[int | str, str] | None
+    name: str
+
+
+@dataclass
+class _Part:
+    """One chunk. ``user`` and ``item`` are (raw ids, code of every row)."""
+
+    user: tuple[Any, np.ndarray]
+    item: tuple[Any, np.ndarray]
+    time: np.ndarray | None
+
+
+def read_columns(
+    path: str | os.PathLike[str],
+    format: str = "auto",
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+    *,
+    order: str = "hash",
+    progress: bool | None = None,
+    keep: Mapping[str, Any] | None = None,
+) -> Columns:
+    """The events of a file or folder; arguments as in ``Interactions.from_file``.
+
+    Raises:
+        DataError: anything wrong with the file, in one line.
+    """
+    source = resolve(Path(path), format, user, item, time, order)
+    where = f"from_file: {source.paths[0].name}"
+    for column in keep or {}:
+        if column not in source.columns or source.format == "netflix":
+            raise DataError(
+                f"{where}: column {column!r} is missing; "
+                f"the columns are {', '.join(source.columns)}"
+            )
+    chosen = {name: {str(one) for one in values} for name, values in (keep or {}).items()}
+    parts = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)(
+        source, where, chosen, progress
+    )
+    users, items = IdEncoder("user", where), IdEncoder("item", where)
+    times: list[np.ndarray] = []
+    for part in parts:
+        users.add(*part.user)
+        items.add(*part.item)
+        if part.time is not None:
+            times.append(part.time)
+    numbers = source.format != "parquet"
+    user_ids, user_codes = users.finish(parse_numbers=numbers)
+    item_ids, item_codes = items.finish(parse_numbers=numbers)
+    if not len(user_codes):
+        kept = " left by keep=" if chosen else ""
+        raise DataError(f"{where} must hold events{kept}, got a file without any")
+    return Columns(
+        user_codes,
+        item_codes,
+        np.concatenate(times) if source.time is not None else None,
+        user_ids,
+        item_ids,
+        read_titles(source, item_ids),
+        source.name,
+    )
+
+
+def _text_parts(
+    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+) -> Iterator[_Part]:
+    wanted = [source.user, source.item, *keep]
+    types = {name: "category" for name in wanted}
+    if source.time is not None:
+        wanted.append(source.time)
+    for chunk in _chunks(source, wanted, types, progress):
+        first = int(chunk.index[0]) + (2 if source.header else 1)
+        rows = np.ones(len(chunk), dtype=bool)
+        for name, values in keep.items():
+            rows &= chunk[name].isin(values).to_numpy()
+        time = None
+        if source.time is not None:
+            time = as_time(chunk[source.time], where, first, "line")[rows]
+        yield _Part(
+            _codes(chunk[source.user], "user", where, first, rows),
+            _codes(chunk[source.item], "item", where, first, rows),
+            time,
+        )
+
+
+def _netflix_parts(
+    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+) -> Iterator[_Part]:
+    """Lines ``movie:`` followed by lines ``user,rating,date`` of that movie."""
+    movie: str | None = None
+    types = {"user": "category", "date": "category"}
+    for chunk in _chunks(source, ["user", "date"], types, progress):
+        first = int(chunk.index[0]) + 1
+        everything = np.ones(len(chunk), dtype=bool)
+        names, codes = _codes(chunk["user"], "user", where, first, everything)
+        is_movie = np.array([str(name).endswith(":") for name in names], dtype=bool)
+        head = is_movie[codes]
+        heads = np.flatnonzero(head)
+        movies = [movie, *(names[codes[row]][:-1] for row in heads)]
+        block = np.cumsum(head)[~head]
+        movie = movies[-1]
+        if movies[0] is None and block.size and block[0] == 0:
+            raise DataError(f"{where}: the first line must name a movie ('1:'), got a rating")
+        dates, date_codes = _codes(chunk["date"], "date", where, first, ~head)
+        try:
+            days = np.array(dates, dtype="datetime64[D]").astype(np.int64)
+        except ValueError:
+            raise DataError(f"{where}: dates must read YYYY-MM-DD, got {dates[0]!r}") from None
+        used = [one if one is not None else "" for one in movies]
+        start = int(block[0]) if block.size else 0
+        yield _Part((names, codes[~head]), (used[start:], block - start), days[date_codes])
+
+
+def _parquet_parts(
+    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+) -> Iterator[_Part]:
+    pandas, parquet = import_pandas(where), import_parquet(where)
+    wanted = list(dict.fromkeys([source.user, source.item, *keep]))
+    wanted += [source.time] if source.time is not None else []
+    first = 0
+    with (
+        parquet.ParquetFile(source.paths[0]) as file,
+        tqdm(
+            total=file.metadata.num_rows,
+            unit=" rows",
+            unit_scale=True,
+            desc=source.name,
+            disable=None if progress is None else not progress,
+        ) as bar,
+    ):
+        for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
+            chunk = batch.to_pandas()
+            rows = np.ones(len(chunk), dtype=bool)
+            for name, values in keep.items():
+                rows &= chunk[name].astype(str).isin(values).to_numpy()
+            time = None
+            if source.time is not None:
+                time = as_time(chunk[source.time], where, first)[rows]
+            yield _Part(
+                _factorized(pandas, chunk[source.user], "user", where, first, rows),
+                _factorized(pandas, chunk[source.item], "item", where, first, rows),
+                time,
+            )
+            first += len(chunk)
+            bar.update(len(chunk))
+
+
+def _chunks(
+    source: Source, wanted: list[str], types: dict[str, str], progress: bool | None
+) -> Iterator[Any]:
+    """Non-empty pandas chunks with the ``wanted`` columns; parser errors become DataErrors."""
+    pandas = import_pandas("from_file")
+    no_quotes = source.format != "csv" and source.format != "tmall"
+    with TextSource(source.paths, progress, source.name) as raw:
+        try:
+            reader = pandas.read_csv(
+                io.BufferedReader(raw, 1 << 20),
+                sep=source.separator,
+                header=None,
+                names=_distinct(source.columns),
+                usecols=list(dict.fromkeys(wanted)),
+                index_col=False,
+                skiprows=1 if source.header else 0,
+                dtype=types,
+                keep_default_na=False,
+                na_values={source.time: _NO_TIME} if source.time not in (None, *types) else None,
+                quoting=csv.QUOTE_NONE if no_quotes else csv.QUOTE_MINIMAL,
+                encoding="utf-8",
+                low_memory=False,
+                chunksize=CHUNK_ROWS,
+            )
+            for chunk in reader:
+                if len(chunk):
+                    yield chunk
+        except pandas.errors.EmptyDataError:
+            return
+        except (pandas.errors.ParserError, OverflowError) as error:
+            text = " ".join(str(error).split())
+            raise DataError(f"{source.paths[0]}: must be regular rows, got: {text}") from None
+
+
+def _distinct(columns: tuple[str, ...]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for column in columns:
+        count = seen[column] = seen.get(column, 0) + 1
+        names.append(column if count == 1 else f"{column}.{count}")
+    return names
+
+
+def _codes(
+    column: Any, what: str, where: str, first: int, rows: np.ndarray
+) -> tuple[list[str], np.ndarray]:
+    codes = column.cat.codes.to_numpy()[rows]
+    uniques = column.cat.categories.tolist()
+    empty = uniques.index("") if "" in uniques else -1
+    missing = np.flatnonzero((codes < 0) | (codes == empty))
+    if missing.size:
+        line = first + np.flatnonzero(rows)[missing[0]]
+        raise DataError(
+            f"{where}: {what} must not be missing, got {missing.size} missing, "
+            f"the first in line {line}"
+        )
+    return uniques, codes
+
+
+def _factorized(
+    pandas: Any, column: Any, what: str, where: str, first: int, rows: np.ndarray
+) -> tuple[list[Any], np.ndarray]:
+    codes, uniques = pandas.factorize(column)
+    missing = np.flatnonzero(codes < 0)
+    if missing.size:
+        raise DataError(
+            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
+            f"the first in row {first + missing[0]}"
+        )
+    found = uniques.tolist()
+    if any(isinstance(one, float) and one != int(one) for one in found):
+        raise DataError(f"{where}: {what} ids must be integers or text, got fractions")
+    return [int(one) if isinstance(one, float) else one for one in found], codes[rows]

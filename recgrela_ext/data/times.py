@@ -1,0 +1,60 @@
+"""Time columns of any kind as int64 or float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from recgrela_ext.data.optional import import_pandas
+from recgrela_ext.errors import DataError
+
+
+def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> np.ndarray:
+    """int64 (integers; datetimes in nanoseconds) or float64; DataError on a missing value.
+
+    Args:
+        values: one column.
+        where: begins the error line.
+        first_row, unit: number and word of the first row, for the error line.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind in "OUST":
+        array = _from_objects(values, where, first_row, unit)
+    if array.dtype.kind == "M":
+        missing = np.isnat(array)
+        converted = array.astype("datetime64[ns]").astype(np.int64)
+    elif array.dtype.kind == "f":
+        missing = ~np.isfinite(array)
+        converted = array.astype(np.float64)
+    elif array.dtype.kind in "iu":
+        if array.size and array.dtype.kind == "u" and int(array.max()) >= 2**63:
+            raise DataError(f"{where}: time must lie below 2**63, got {array.max()}")
+        return array.astype(np.int64)
+    else:
+        raise DataError(f"{where}: time must be numbers or dates, got dtype {array.dtype}")
+    gaps = np.flatnonzero(missing)
+    if gaps.size:
+        raise DataError(
+            f"{where}: time must not be missing, got {gaps.size} missing, "
+            f"the first in {unit} {first_row + gaps[0]}"
+        )
+    return converted
+
+
+def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndarray:
+    """Text or mixed objects: numbers, else dates; what is neither names its first row."""
+    pandas = import_pandas(where)
+    column = pandas.Series(values).reset_index(drop=True)
+    given = column.notna() & (column.astype(str).str.strip() != "")
+    numbers = pandas.to_numeric(column, errors="coerce")
+    if (numbers.notna() | ~given).all():
+        return np.asarray(numbers)
+    dates = pandas.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
+    bad = np.flatnonzero(dates.isna() & given)
+    if bad.size:
+        raise DataError(
+            f"{where}: time must be numbers or dates, got {column[bad[0]]!r} "
+            f"in {unit} {first_row + bad[0]}"
+        )
+    return dates.dt.tz_localize(None).to_numpy().astype("datetime64[ns]")
