@@ -96,6 +96,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
             )
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_table)
+            ctx.dtypes = hidden.dtype, table.dtype  # cast after a loss scale was applied
         return loss
 
     @staticmethod
@@ -104,8 +105,8 @@ class _ChunkedSoftmax(torch.autograd.Function):
         grad_hidden, grad_table = ctx.saved_tensors
         needs_hidden, needs_table = ctx.needs_input_grad[:2]
         return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype) if needs_hidden else None,
-            grad_table * grad_loss.to(grad_table.dtype) if needs_table else None,
+            (grad_hidden * grad_loss).to(ctx.dtypes[0]) if needs_hidden else None,
+            (grad_table * grad_loss).to(ctx.dtypes[1]) if needs_table else None,
             *([None] * 5),
         )
 
@@ -126,7 +127,7 @@ def _loss_and_gradients(
     masked = excluded if last - first == n_items else None
     grad_hidden = grad_table = grad_classes = None
     if wants_grad:
-        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         grad_table = torch.zeros(table.shape, dtype=dtype, device=table.device)
         grad_classes = grad_table[first:last]
     total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else dtype).to(
@@ -146,10 +147,10 @@ def _loss_and_gradients(
         if grad_hidden is not None and grad_classes is not None:
             # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last, on the small side
             p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y))
-            grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows).to(hidden.dtype))
+            grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
             grad_classes.addmm_(p.t(), h)
     if grad_table is not None:
-        grad_table = grad_table.div_(max(num_rows, 1)).to(table.dtype)
+        grad_table.div_(max(num_rows, 1))
     return (total / max(num_rows, 1)).to(dtype), grad_hidden, grad_table
 
 
