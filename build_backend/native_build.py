@@ -25,7 +25,7 @@ LIBRARY = "recgrela_ext.librecgrela"
 MODULE = "recgrela_ext._C"
 
 CXX_FLAGS = [
-    # Every processor level is chosen at run time: never -march=native. NaN must count: no -ffast-math.
+    # No -march=native: levels are chosen at run time. No -ffast-math: NaN must count.
     *["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"],
     *["-std=c++20", "-fPIC", "-fvisibility=hidden"],
     # psabi warns of vectors passed by value; none leaves the library.
