@@ -1,6 +1,6 @@
 """Full softmax over the item table without the logits of all rows at once.
 
-loss = mean over rows t with targets[t] != ignore_index of  -log softmax(hidden[t] . table^T)[targets[t]]
+    loss = mean over t with targets[t] != ignore_index of -log softmax(h[t] table^T)[targets[t]]
 
 The rows are taken in chunks. The gradient of a chunk is formed while its probabilities are in the
 cache, so the forward does all the work and the backward only scales; memory beside the gradients is
@@ -50,7 +50,7 @@ def softmax_loss(
         exclude_padding_class: the row `ignore_index` of `table` is no class of the softmax and gets
             a zero gradient.
         chunk_rows: rows of logits held at once; by default chosen for the cache.
-        method: "auto", "chunked" (the code here) or "torch" (`F.linear_cross_entropy`, torch >= 2.13).
+        method: "auto", "chunked" (this code) or "torch" (`F.linear_cross_entropy`, torch >= 2.13).
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -145,7 +145,7 @@ def _loss_and_gradients(
             p[:, masked] = -torch.inf
         total += _softmax_in_place(p, h, classes, y, masked)
         if grad_hidden is not None and grad_classes is not None:
-            # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last, on the small side
+            # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
             p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y))
             grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
             grad_classes.addmm_(p.t(), h)
@@ -248,7 +248,7 @@ def _check(
 
 def _check_targets(targets: Tensor, n_items: int, ignore_index: int) -> None:
     low, high = (int(x) for x in targets.aminmax())
-    if 0 <= low and high < n_items:
+    if low >= 0 and high < n_items:
         return
     kept = targets[targets != ignore_index]
     if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= n_items):

@@ -1,0 +1,11 @@
+"""The model: configuration, table and encoder, retrieval, user states, files."""
+
+from __future__ import annotations
+
+from .config import RecGRELAConfig
+from .recgrela import RecGRELA
+from .retrieval import Recommendations
+from .seen import SeenItems
+from .state import UserState
+
+__all__ = ["RecGRELA", "RecGRELAConfig", "Recommendations", "SeenItems", "UserState"]

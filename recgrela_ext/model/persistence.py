@@ -1,0 +1,184 @@
+"""Saved models: config.json, model.safetensors and id_map.json in a folder; never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .config import RecGRELAConfig
+
+if TYPE_CHECKING:
+    from .recgrela import RecGRELA
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+ID_MAP_FILE = "id_map.json"
+
+_PUBLISHED_TOP = {
+    "item_embedding.weight": "item_embedding.weight",
+    "LayerNorm.weight": "input_norm.weight",
+    "LayerNorm.bias": "input_norm.bias",
+}
+_PUBLISHED_BLOCK = {
+    "LayerNorm1": "norm1",
+    "LayerNorm2": "norm2",
+    "act_proj": "modulator.gate_proj",
+    "in_proj": "in_proj",
+    "out_proj": "out_proj",
+    "attn.qk": "attention.qk_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_BLOCK_NAME = re.compile(r"GRELA_block\.(\d+)\.(.+)\.(weight|bias|rotations)")
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    name = None if model.id_map is None else (model.config.id_map_file or ID_MAP_FILE)
+    config = model.config.replace(id_map_file=name)
+    fields = {**config.to_dict(), "weights_sha256": weights_digest(weights)}
+    if model.id_map is not None and name is not None:
+        model.id_map.save(folder / name)
+    _write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+    _write(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def from_pretrained(
+    cls: type[RecGRELA],
+    folder: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+) -> RecGRELA:
+    folder = Path(folder)
+    try:
+        fields = json.loads(_read(folder / CONFIG_FILE))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / CONFIG_FILE} must be JSON: {error}") from None
+    digest = fields.pop("weights_sha256", None) if isinstance(fields, dict) else None
+    try:
+        config = RecGRELAConfig.from_dict(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
+    path = folder / WEIGHTS_FILE
+    try:
+        weights = load(_read(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} must be a whole safetensors file: {error}") from None
+    if digest is not None and digest != weights_digest(weights):
+        raise CheckpointError(f"{path} must be the weights {CONFIG_FILE} was saved with")
+    model = _filled(cls, config, weights, str(path))
+    if config.id_map_file is not None:
+        from ..data import IdMap
+
+        model.id_map = IdMap.load(folder / config.id_map_file)
+    return model if device is None else model.to(device)
+
+
+def from_reference(
+    cls: type[RecGRELA], state_dict: Mapping[str, Any], num_heads: int = 4
+) -> RecGRELA:
+    inner = state_dict.get("state_dict")
+    tensors: Mapping[str, Tensor] = inner if isinstance(inner, Mapping) else state_dict
+    weights: dict[str, Tensor] = {}
+    max_seq_len, layers = RecGRELAConfig.max_seq_len, 0
+    for name, tensor in tensors.items():
+        name = name.removeprefix("module.")
+        if name in _PUBLISHED_TOP:
+            weights[_PUBLISHED_TOP[name]] = tensor
+            continue
+        found = _BLOCK_NAME.fullmatch(name)
+        if found is None:
+            raise CheckpointError(f"from_reference: {name} must be a published name, got another")
+        layer, part, kind = int(found[1]), found[2], found[3]
+        layers = max(layers, layer + 1)
+        prefix = f"encoder.layers.{layer}."
+        if kind == "rotations":
+            max_seq_len = tensor.shape[0]  # the buffer follows from the sizes, only its length counts
+        elif part == "attn.conv1d":
+            weights[f"{prefix}modulator.conv_{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
+        elif part in _PUBLISHED_BLOCK:
+            weights[f"{prefix}{_PUBLISHED_BLOCK[part]}.{kind}"] = tensor
+        else:
+            raise CheckpointError(f"from_reference: {name} must be a published name, got another")
+    for needed in ("item_embedding.weight", "encoder.layers.0.modulator.conv_weight"):
+        if needed not in weights:
+            raise CheckpointError(f"from_reference: state_dict must hold {needed}, got none")
+    table = weights["item_embedding.weight"]
+    config = RecGRELAConfig.paper(
+        n_items=table.shape[0],
+        hidden_size=table.shape[1],
+        num_layers=layers,
+        num_heads=num_heads,
+        conv_width=weights["encoder.layers.0.modulator.conv_weight"].shape[1],
+        max_seq_len=max_seq_len,
+    )
+    return _filled(cls, config, weights, "from_reference: state_dict")
+
+
+def _filled(
+    cls: type[RecGRELA], config: RecGRELAConfig, weights: Mapping[str, Tensor], source: str
+) -> RecGRELA:
+    """A model with these weights in their own dtype, in evaluation mode."""
+    with torch.device("meta"):
+        model = cls(config)
+    wanted = {name: t.shape for name, t in model.state_dict().items()}
+    missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
+    if missing or unknown:
+        told = f"lacks {missing[0]}" if missing else f"has {unknown[0]}"
+        raise CheckpointError(f"{source} must hold the weights of its configuration, got one that {told}")
+    for name, shape in wanted.items():
+        if weights[name].shape != shape:
+            raise CheckpointError(
+                f"{source}: {name} must be {list(shape)}, got {list(weights[name].shape)}"
+            )
+    device = weights["item_embedding.weight"].device
+    model = model.to_empty(device=device).to(weights["item_embedding.weight"].dtype)
+    model.load_state_dict(dict(weights))
+    return model.eval()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} must be readable: {error.strerror}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: readers see the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

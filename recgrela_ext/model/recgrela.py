@@ -1,0 +1,407 @@
+"""The RecGRELA model (arXiv 2506.13315): item table, GRELA encoder, tied scores.
+
+    x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.encoder import GRELAEncoder, shift_rows
+from . import inputs, persistence, streaming
+from .config import RecGRELAConfig
+from .losses import softmax_loss
+from .retrieval import Recommendations, top_k
+from .state import StateLayout, UserState
+
+if TYPE_CHECKING:
+    from ..data import IdMap, Sequences
+    from .seen import SeenItems
+
+_PACK_BELOW = 0.95  # share of real items from which packing is not worth a copy
+_MANY_REPEATS = 0.01  # share of repeated events from which seen items stay recommendable
+
+_NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
+
+
+class RecGRELA(nn.Module):
+    """Sequential recommender with causal gated linear attention.
+
+    Item rows are integers 0 .. n_items - 1; row `config.padding_idx` is padding: zero, without
+    gradient, never scored and no class of the loss (the published variant keeps it as a class).
+    Sequences are right-padded unless `padding_side="left"`; what stands on padding is never read.
+
+    `forward` returns the hidden state at the last real item, `encode` all of them, `loss` the
+    training loss, `recommend` lists of items. A causal model also streams: `init_state`, `prefill`,
+    `step`, `recommend_from_state`.
+
+    Args:
+        config: see `RecGRELAConfig`.
+    """
+
+    def __init__(self, config: RecGRELAConfig) -> None:
+        super().__init__()
+        if not isinstance(config, RecGRELAConfig):
+            raise TypeError(
+                f"RecGRELA: config must be a RecGRELAConfig, got {type(config).__name__}"
+            )
+        self.config = config
+        self.id_map: IdMap | None = None
+        width = config.hidden_size
+        self.item_embedding = nn.Embedding(config.rows, width, padding_idx=config.padding_idx)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, width) if learned else None
+        self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.encoder = GRELAEncoder(
+            width,
+            config.num_layers,
+            config.num_heads,
+            final_norm=config.final_norm,
+            **config.block_options(),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, initializer_range) for Linear and Embedding, zero biases and padding row; the short
+        convolution keeps its own uniform start, as in the published code."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.item_embedding.weight[self.config.padding_idx] = 0
+
+    @classmethod
+    def for_data(cls, train: Sequences, **overrides: Any) -> RecGRELA:
+        """A model for this training data: item count, id map and share of repeats taken from it.
+
+        `overrides` are fields of `RecGRELAConfig`.
+        """
+        facts = {"n_items": train.n_items, "repeat_share": train.repeat_share}
+        model = cls(RecGRELAConfig(**{**facts, **overrides}))
+        model.id_map = train.id_map
+        return model
+
+    @property
+    def variant(self) -> str:
+        """Which model this is, see `RecGRELAConfig.variant`."""
+        return self.config.variant
+
+    # hidden states
+
+    def forward(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor | None = None,
+        targets: Tensor | None = None,
+        padding_side: str = "right",
+    ) -> Tensor:
+        """Hidden state at the last real item, the published contract.
+
+        Args:
+            item_seq: item rows [B, L], int64 or int32.
+            item_seq_len: real items per row [B]; None: counted.
+            targets: with targets the result is `loss(item_seq, item_seq_len, targets)`, so that
+                wrappers which only know `forward` (DistributedDataParallel) can train.
+            padding_side: "right" or "left".
+
+        Returns:
+            [B, hidden_size]; zero for a user without items.
+
+        Raises:
+            ValueError, TypeError: see `encode`.
+        """
+        if targets is not None:
+            return self.loss(item_seq, item_seq_len, targets, padding_side)
+        batch = inputs.read_batch("RecGRELA.forward", self.config, item_seq, item_seq_len, padding_side)
+        return self._last_hidden(batch)
+
+    def encode(
+        self, item_seq: Tensor, item_seq_len: Tensor | None = None, padding_side: str = "right"
+    ) -> Tensor:
+        """Hidden states of all positions, [B, L, hidden_size], zero on padding.
+
+        Args: as `forward`.
+
+        Raises:
+            ValueError: wrong shape, an id that is no row of the item table, a length beyond L, or
+                padding between real items (values are checked for tensors on the CPU).
+            TypeError: ids that are not integers.
+        """
+        batch = inputs.read_batch("RecGRELA.encode", self.config, item_seq, item_seq_len, padding_side)
+        hidden = torch.where(batch.real.unsqueeze(-1), self._hidden(batch), 0.0)
+        return hidden if batch.shift is None else shift_rows(hidden, -batch.shift)
+
+    def encode_packed(self, item_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states of sequences laid end to end, without padding.
+
+        Args:
+            item_ids: item rows [T].
+            cu_seqlens: bounds [B + 1], int32 or int64, from 0 to T.
+
+        Returns:
+            [T, hidden_size].
+
+        Raises:
+            ValueError, TypeError: as `encode`; bounds that do not ascend from 0 to T.
+        """
+        inputs.check_packed("RecGRELA.encode_packed", self.config, item_ids, cu_seqlens)
+        x = self._embed(item_ids, inputs.packed_positions(item_ids, cu_seqlens, self.config))
+        return self.encoder.run(x, cu_seqlens=cu_seqlens)[0]
+
+    def _hidden(self, batch: inputs.Batch) -> Tensor:
+        """[B, L, hidden_size] of right-padded input; rows on padding hold no meaning."""
+        lengths = None if self.config.attend_padding else batch.lengths
+        positions = None
+        if self.config.position != "none":
+            positions = torch.arange(batch.items.shape[1], device=batch.items.device)
+        return self.encoder.run(self._embed(batch.items, positions), lengths)[0]
+
+    def _last_hidden(self, batch: inputs.Batch) -> Tensor:
+        B, L = batch.items.shape
+        if L == 0:
+            return self.item_embedding.weight.new_zeros(B, self.config.hidden_size)
+        hidden = self._hidden(batch)
+        last = (batch.lengths - 1).clamp(min=0)
+        at_last = hidden[torch.arange(B, device=last.device), last]
+        return torch.where((batch.lengths > 0).unsqueeze(-1), at_last, 0.0)
+
+    def _embed(self, items: Tensor, positions: Tensor | None = None) -> Tensor:
+        """LN(Dropout(E[items] + P[positions])); items and positions broadcast."""
+        x = self.item_embedding(items)
+        if self.position_embedding is not None:
+            assert positions is not None
+            last = self.position_embedding.num_embeddings - 1
+            x = x + self.position_embedding(positions.clamp(max=last))
+        elif self.config.position == "sinusoidal":
+            assert positions is not None
+            x = x + inputs.sinusoid(positions, self.config.hidden_size).to(x.dtype)
+        if self.training and self.config.dropout > 0.0:
+            x = F.dropout(x, self.config.dropout)
+        return self.input_norm(x)
+
+    # training
+
+    def loss(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor | None,
+        targets: Tensor,
+        padding_side: str = "right",
+    ) -> Tensor:
+        """Mean full-softmax cross-entropy in nats over the positions with a target (paper eq. 25).
+
+        Args:
+            item_seq, item_seq_len, padding_side: as `forward`.
+            targets: [B, L], the next item of each position, `padding_idx` where there is none; or
+                [B], the item after each whole sequence. A bidirectional model sees later items, so
+                for it only the last real position may have a target.
+
+        Returns:
+            Scalar, 0 without any target. Positions without one are not scored, and the scores of
+            all positions never exist at once.
+
+        Raises:
+            ValueError, TypeError: as `encode`; targets on padding, or a target the model could see.
+        """
+        caller, config = "RecGRELA.loss", self.config
+        batch = inputs.read_batch(caller, config, item_seq, item_seq_len, padding_side)
+        targets = inputs.read_targets(caller, config, targets, batch)
+        table = self.item_embedding.weight
+        if targets.dim() == 1:
+            hidden, wanted = self._last_hidden(batch), targets
+        elif self._worth_packing(batch):
+            bounds = F.pad(batch.lengths.cumsum(0), (1, 0))
+            hidden = self.encode_packed(batch.items[batch.real], bounds)
+            wanted = targets[batch.real]
+        else:
+            hidden, wanted = self._hidden(batch).flatten(0, 1), targets.flatten()
+        return softmax_loss(
+            hidden,
+            table,
+            wanted,
+            ignore_index=config.padding_idx,
+            exclude_padding_class=not config.attend_padding,
+        )
+
+    def _worth_packing(self, batch: inputs.Batch) -> bool:
+        if torch.compiler.is_compiling() or self.config.attend_padding or batch.full:
+            return False
+        return int(batch.lengths.sum()) < _PACK_BELOW * batch.items.numel()
+
+    # scoring
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden_size] -> scores of all rows [..., n_items]; the padding row is -inf.
+
+        (In the published variant, `attend_padding=True`, that row is scored like any other.)
+        """
+        scores = F.linear(hidden, self.item_embedding.weight)
+        if self.config.attend_padding:
+            return scores
+        padding = torch.arange(self.config.rows, device=scores.device) == self.config.padding_idx
+        return scores.masked_fill(padding, -torch.inf)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor | None = None,
+        k: int = 10,
+        exclude_seen: bool | str = "auto",
+        candidates: Tensor | None = None,
+        padding_side: str = "right",
+    ) -> Recommendations:
+        """The k best next items of each user, in evaluation mode and exact, in chunks of the table.
+
+        Args:
+            item_seq, item_seq_len, padding_side: as `forward`.
+            k: list length.
+            exclude_seen: leave out the items of `item_seq`. "auto": yes, unless the model was made
+                for data in which more than 1 % of the events repeat an item.
+            candidates: rank these rows alone, [C] or [B, C].
+
+        Returns:
+            items [B, k] and scores [B, k]; (padding_idx, -inf) where a user has no more items.
+
+        Raises:
+            ValueError, TypeError: as `encode`; k below 1; candidates that are no rows of the table.
+        """
+        exclude = self._excludes(exclude_seen)
+        caller = "RecGRELA.recommend"
+        batch = inputs.read_batch(caller, self.config, item_seq, item_seq_len, padding_side)
+        with streaming.evaluating(self):
+            hidden = self._last_hidden(batch)
+        return self._top_k(hidden, k, batch.items if exclude else None, candidates)
+
+    def _excludes(self, exclude_seen: bool | str) -> bool:
+        if exclude_seen == "auto":
+            share = self.config.repeat_share
+            return share is None or share <= _MANY_REPEATS
+        if not isinstance(exclude_seen, bool):
+            raise ValueError(
+                "RecGRELA.recommend: exclude_seen must be True, False or 'auto', "
+                f"got {exclude_seen!r}"
+            )
+        return exclude_seen
+
+    def _top_k(
+        self, hidden: Tensor, k: int, seen: Tensor | None, candidates: Tensor | None
+    ) -> Recommendations:
+        table = self.item_embedding.weight
+        return top_k(hidden, table, k, self.config.padding_idx, seen, candidates)
+
+    # streaming
+
+    @property
+    def state_layout(self) -> StateLayout:
+        """Sizes of a user state. ValueError for a bidirectional model, which has none."""
+        return streaming.layout(self)
+
+    def init_state(self, batch_size: int) -> UserState:
+        """The state of `batch_size` users before their first item, on the model's device."""
+        return streaming.init_state(self, batch_size)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor | None = None,
+        chunk_size: int = 512,
+        state: UserState | None = None,
+        padding_side: str = "right",
+    ) -> UserState:
+        """Read whole histories into a state; `chunk_size` positions at a time, so that the working
+        memory does not grow with L.
+
+        Args:
+            item_seq, item_seq_len, padding_side: as `forward`.
+            state: continued in place and returned; None: fresh.
+
+        Raises:
+            ValueError, TypeError: as `encode`; a state of another batch size or model.
+        """
+        batch = inputs.read_batch("RecGRELA.prefill", self.config, item_seq, item_seq_len, padding_side)
+        return streaming.prefill(self, batch, chunk_size, state)
+
+    @torch.no_grad()
+    def step(self, items: Tensor, state: UserState) -> Tensor:
+        """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
+
+        The padding item leaves its user untouched and returns the hidden state kept there. Always in
+        evaluation mode. Warns once when a user passes a million events.
+
+        Raises:
+            ValueError, TypeError: wrong shape or type, an id that is no row of the item table, a
+                state of another batch size or model.
+        """
+        return streaming.step(self, items, state)
+
+    @torch.no_grad()
+    def recommend_from_state(
+        self,
+        state: UserState,
+        k: int = 10,
+        seen: SeenItems | Tensor | None = None,
+        candidates: Tensor | None = None,
+    ) -> Recommendations:
+        """The k best next items after everything `state` has read, as `recommend`.
+
+        A state holds no ids: what is to be left out comes in `seen`, a `SeenItems` or item rows
+        [B, S] filled up with padding; None leaves nothing out.
+        """
+        streaming.check_state(self, "RecGRELA.recommend_from_state", state)
+        if seen is not None and not isinstance(seen, Tensor):
+            seen = seen.padded(self.config.padding_idx, state.buffer.device)
+        return self._top_k(state.hidden, k, seen, candidates)
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that change with the configuration (its training options apart) and the weights."""
+        tensors = list(self.state_dict(keep_vars=True).items())
+        key = tuple((t.data_ptr(), t._version, t.dtype) for _, t in tensors)
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None or cached[0] != key:
+            fields = self.config.to_dict()
+            for name in _NOT_IN_FINGERPRINT:
+                fields.pop(name)
+            digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+            digest.update(persistence.weights_digest(dict(tensors)).encode())
+            cached = (key, digest.digest()[:16])
+            self.__dict__["_fingerprint"] = cached
+        return cached[1]
+
+    # persistence
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors and, with an `id_map`, id_map.json into `folder`.
+
+        Each file appears whole or not at all; a mixture of two savings is refused on loading.
+        """
+        persistence.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], device: torch.device | str | None = None
+    ) -> RecGRELA:
+        """The model `save_pretrained` wrote, in evaluation mode. CheckpointError when a file is
+        missing, truncated, of another version or of another model."""
+        return persistence.from_pretrained(cls, folder, device)
+
+    @classmethod
+    def from_reference(cls, state_dict: dict[str, Any], num_heads: int = 4) -> RecGRELA:
+        """The published implementation's weights in `RecGRELAConfig.paper` form, evaluation mode.
+
+        Sizes are read from the tensors, `num_heads` cannot be. CheckpointError for other weights.
+        """
+        return persistence.from_reference(cls, state_dict, num_heads)
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}, n_items={self.config.n_items}"

@@ -1,0 +1,130 @@
+"""Which items each user has seen: kept beside a `UserState`, which holds no ids."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from . import blob as storage
+
+STATE_MAGIC = b"RGUS"
+_MAGIC = b"RGSI"
+_OFFSET = struct.Struct("<I")
+
+
+class SeenItems:
+    """Per user the sorted, distinct item rows seen so far, int32.
+
+    `seen[i:j]` shares its users with `seen`. Not thread-safe.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        if batch_size < 0:
+            raise ValueError(f"SeenItems: batch_size must be at least 0, got {batch_size}")
+        self._users = [_User() for _ in range(batch_size)]
+
+    @classmethod
+    def from_lists(cls, items: Iterable[Sequence[int] | np.ndarray]) -> SeenItems:
+        """One user for every sequence of item rows."""
+        seen = cls(0)
+        seen._users = [_User(_sorted(row)) for row in items]
+        return seen
+
+    @classmethod
+    def from_sequences(
+        cls, item_seq: Tensor, item_seq_len: Tensor | None = None, padding_idx: int = 0
+    ) -> SeenItems:
+        """From right-padded histories [B, L]; without lengths every item but the padding counts."""
+        rows = item_seq.detach().cpu().numpy()
+        if item_seq_len is None:
+            return cls.from_lists(row[row != padding_idx] for row in rows)
+        lengths = item_seq_len.detach().cpu().tolist()
+        return cls.from_lists(row[:n] for row, n in zip(rows, lengths, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __getitem__(self, users: int | slice) -> SeenItems:
+        if not isinstance(users, (int, slice)):
+            raise TypeError(f"SeenItems: index must be an int or a slice, got {type(users).__name__}")
+        part = SeenItems(0)
+        part._users = self._users[users] if isinstance(users, slice) else [self._users[users]]
+        return part
+
+    @staticmethod
+    def cat(parts: Sequence[SeenItems]) -> SeenItems:
+        """All users of all parts; they stay shared."""
+        whole = SeenItems(0)
+        whole._users = [user for part in parts for user in part._users]
+        return whole
+
+    def add(self, items: Tensor | np.ndarray | Sequence[int], padding_idx: int = 0) -> None:
+        """One more item [B], or several [B, n], per user; the padding item adds nothing."""
+        new = np.asarray(items.detach().cpu() if isinstance(items, Tensor) else items)
+        if new.ndim not in (1, 2) or new.shape[0] != len(self):
+            raise ValueError(
+                f"SeenItems.add: items must be [{len(self)}] or [{len(self)}, n], "
+                f"got {list(new.shape)}"
+            )
+        if new.dtype.kind not in "iu" and new.size:
+            raise TypeError(f"SeenItems.add: items must be integers, got {new.dtype}")
+        for user, row in zip(self._users, new.reshape(len(self), -1), strict=True):
+            user.add(_sorted(row[row != padding_idx]))
+
+    def ids(self, i: int) -> np.ndarray:
+        """Sorted item rows of user `i`, int32."""
+        return self._users[i].ids
+
+    def padded(self, padding_idx: int = 0, device: torch.device | str | None = None) -> Tensor:
+        """int64 [B, longest], the rest filled with `padding_idx`."""
+        longest = max((len(user.ids) for user in self._users), default=0)
+        rows = np.full((len(self), longest), padding_idx, dtype=np.int64)
+        for row, user in zip(rows, self._users, strict=True):
+            row[: len(user.ids)] = user.ids
+        return torch.from_numpy(rows).to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ids."""
+        return sum(user.ids.nbytes for user in self._users)
+
+    def to_bytes(self, i: int) -> bytes:
+        """User `i` as bytes; `UserState.to_bytes(i, seen=...)` stores both together."""
+        return storage.seal(_MAGIC, self.ids(i).tobytes())
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> SeenItems:
+        """One user from either `to_bytes`. StateError for damaged bytes, or a state without ids."""
+        magic, body = storage.unseal("SeenItems.from_bytes", blob, (_MAGIC, STATE_MAGIC), 0)
+        if magic == STATE_MAGIC:
+            (offset,) = _OFFSET.unpack_from(body)
+            if offset == 0:
+                raise StateError(
+                    "SeenItems.from_bytes: blob must be stored with seen items, got a state alone"
+                )
+            body = body[offset:]
+        return cls.from_lists([np.frombuffer(body, dtype=np.int32)])
+
+
+class _User:
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: np.ndarray | None = None) -> None:
+        self.ids = np.empty(0, dtype=np.int32) if ids is None else ids
+
+    def add(self, items: np.ndarray) -> None:
+        place = np.searchsorted(self.ids, items)
+        inside = place < len(self.ids)
+        fresh = np.ones(len(items), dtype=bool)
+        fresh[inside] = self.ids[place[inside]] != items[inside]
+        if fresh.any():
+            self.ids = np.insert(self.ids, place[fresh], items[fresh])
+
+
+def _sorted(items: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.unique(np.asarray(items)).astype(np.int32)

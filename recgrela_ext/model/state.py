@@ -1,0 +1,270 @@
+"""What a causal model remembers of its users: a fixed number of bytes each, whatever their history.
+
+One row of `buffer` [B, F] is one user, layer after layer:
+
+    kv [H, D, D] (key dim first) | k_sum [H, D] | conv [W-1, H*D] (oldest first)
+
+beside it `position` [B], the number of items seen, and `hidden` [B, hidden_size], the hidden state
+after the last of them. Four layers, hidden 64 and four heads are 20,480 bytes + 264 per user.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from ..layers.rela import State
+from . import blob as storage
+from .seen import STATE_MAGIC, SeenItems
+
+if TYPE_CHECKING:
+    from .recgrela import RecGRELA
+
+MAX_EVENTS = 1_000_000
+
+# where the seen items begin (0: none), dtype, dtype of hidden, fingerprint, position, sizes
+_HEADER = struct.Struct("<IBB16sqII")
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Sizes of one user's row."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    kept: int  # earlier values the short convolution needs, W - 1
+
+    @property
+    def layer_size(self) -> int:
+        """Elements per layer."""
+        return self.num_heads * self.head_dim * (self.head_dim + 1 + self.kept)
+
+    @property
+    def row_size(self) -> int:
+        """Elements per user, F."""
+        return self.num_layers * self.layer_size
+
+    def views(self, buffer: Tensor, position: Tensor) -> list[State]:
+        """Per layer (kv, k_sum, conv, position), the first three as views of buffer [B, F]."""
+        heads, dim = self.num_heads, self.head_dim
+        sizes = (heads * dim * dim, heads * dim, self.kept * heads * dim)
+        layers = []
+        for layer in buffer.split(self.layer_size, dim=1):
+            kv, k_sum, conv = layer.split(sizes, dim=1)
+            layers.append(
+                (
+                    kv.unflatten(1, (heads, dim, dim)),
+                    k_sum.unflatten(1, (heads, dim)),
+                    conv.unflatten(1, (self.kept, heads * dim)),
+                    position,
+                )
+            )
+        return layers
+
+
+class _Clock:
+    """An upper bound of the largest position among a state and all its views."""
+
+    def __init__(self, position: Tensor, bound: int) -> None:
+        self.position = position
+        self.bound = bound
+        self.warned = False
+
+    def advance(self, events: int) -> None:
+        self.bound += events
+        if self.bound <= MAX_EVENTS or self.warned or self.position.numel() == 0:
+            return
+        self.bound = int(self.position.max())
+        if self.bound > MAX_EVENTS:
+            self.warned = True
+            warnings.warn(
+                f"UserState: a user has {self.bound} events; float32 sums are accurate up to "
+                f"{MAX_EVENTS}. Prefill this user's recent history into a fresh state",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+class UserState:
+    """States of B users of one causal model; made by `RecGRELA.init_state` and `prefill`.
+
+    `state[i:j]` is a view: steps on it write through. Float32 (float64 for a float64 model) while
+    in use; smaller formats are for rest alone, see `to_bytes`.
+    """
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        position: Tensor,
+        hidden: Tensor,
+        layout: StateLayout,
+        fingerprint: bytes,
+        clock: _Clock | None = None,
+    ) -> None:
+        self.buffer = buffer  # [B, F]
+        self.position = position  # [B] int64
+        self.hidden = hidden  # [B, hidden_size]
+        self.layout = layout
+        self.fingerprint = fingerprint
+        if clock is None:
+            bound = int(position.max()) if position.numel() else 0
+            clock = _Clock(position, bound)
+        self._clock = clock
+        self.layers = layout.views(buffer, position)
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        layout: StateLayout,
+        hidden_size: int,
+        fingerprint: bytes,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> UserState:
+        """The state of `batch_size` users before their first item."""
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(
+            torch.zeros(batch_size, layout.row_size, dtype=dtype, device=device),
+            position,
+            torch.zeros(batch_size, hidden_size, dtype=dtype, device=device),
+            layout,
+            fingerprint,
+            _Clock(position, 0),
+        )
+
+    def __len__(self) -> int:
+        return self.buffer.shape[0]
+
+    def __getitem__(self, users: int | slice) -> UserState:
+        """A view of some users; an int gives a state of one."""
+        if isinstance(users, int):
+            if not -len(self) <= users < len(self):
+                raise IndexError(f"UserState: index must be below {len(self)} users, got {users}")
+            users = slice(users % len(self), users % len(self) + 1)
+        if not isinstance(users, slice):
+            raise TypeError(f"UserState: index must be an int or a slice, got {type(users).__name__}")
+        return UserState(
+            self.buffer[users],
+            self.position[users],
+            self.hidden[users],
+            self.layout,
+            self.fingerprint,
+            self._clock,
+        )
+
+    @staticmethod
+    def cat(states: Sequence[UserState]) -> UserState:
+        """One state with the users of all (a copy). ValueError for none, or for different models."""
+        if not states:
+            raise ValueError("UserState.cat: states must hold at least one state, got none")
+        first = states[0]
+        for other in states:
+            if other.layout != first.layout or other.fingerprint != first.fingerprint:
+                raise ValueError("UserState.cat: states must belong to one model")
+        return UserState(
+            torch.cat([s.buffer for s in states]),
+            torch.cat([s.position for s in states]),
+            torch.cat([s.hidden for s in states]),
+            first.layout,
+            first.fingerprint,
+        )
+
+    def clone(self) -> UserState:
+        """A copy that shares nothing."""
+        return UserState.cat([self])
+
+    def to(self, device: torch.device | str) -> UserState:
+        """The state on `device`: itself where it is there already, else a copy."""
+        if torch.device(device) == self.buffer.device:
+            return self
+        parts = (self.buffer.to(device), self.position.to(device), self.hidden.to(device))
+        if parts[0].device == self.buffer.device:
+            return self
+        return UserState(*parts, self.layout, self.fingerprint)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole batch."""
+        return sum(t.numel() * t.element_size() for t in (self.buffer, self.position, self.hidden))
+
+    def advance(self, active: Tensor | int | None, most: int) -> None:
+        """Count new events: `active` (int64 or bool [B]) per user, None = one each; at most `most`."""
+        self.position += 1 if active is None else active
+        self._clock.advance(most)
+
+    def to_bytes(
+        self,
+        i: int,
+        dtype: torch.dtype | str | None = None,
+        seen: SeenItems | None = None,
+    ) -> bytes:
+        """User `i` as bytes for storage.
+
+        Args:
+            i: index of the user.
+            dtype: format of the sums: float32, bfloat16, float16, int8 (with one float16 scale for
+                every head_dim values) or float64; default: as in use. Converted on put and evict,
+                not at every event: rounding at each step ruins long histories.
+            seen: also stores what user `i` of it has seen; `SeenItems.from_bytes` reads it back.
+
+        Raises:
+            StateError: a value does not fit in float16.
+        """
+        one = self[i]
+        row, hidden = one.buffer[0].detach().cpu(), one.hidden[0].detach().cpu()
+        dtype = _dtype(row.dtype if dtype is None else dtype)
+        data = storage.pack(row, dtype, self.layout.head_dim) + storage.raw_bytes(hidden)
+        header = _HEADER.pack(
+            0 if seen is None else _HEADER.size + len(data),
+            storage.DTYPES.index(dtype),
+            storage.DTYPES.index(hidden.dtype),
+            self.fingerprint,
+            int(one.position[0]),
+            row.numel(),
+            hidden.numel(),
+        )
+        ids = b"" if seen is None else seen[i].ids(0).tobytes()
+        return storage.seal(STATE_MAGIC, header + data + ids)
+
+    @staticmethod
+    def from_bytes(blob: bytes, model: RecGRELA) -> UserState:
+        """A state of one user from `to_bytes`, on the device of `model`.
+
+        Raises StateError when the bytes are damaged, of another version, or written by a model with
+        another configuration or other weights.
+        """
+        caller = "UserState.from_bytes"
+        body = storage.unseal(caller, blob, (STATE_MAGIC,), _HEADER.size)[1]
+        _, code, hidden_code, fingerprint, position, size, width = _HEADER.unpack_from(body)
+        if fingerprint != model.fingerprint():
+            raise StateError(
+                f"{caller}: blob must come from this model, got one of another configuration or "
+                "other weights"
+            )
+        state = model.init_state(1)
+        dtype, hidden_dtype = storage.DTYPES[code], storage.DTYPES[hidden_code]
+        group = state.layout.head_dim
+        middle = _HEADER.size + storage.packed_size(size, dtype, group)
+        end = middle + width * hidden_dtype.itemsize
+        state.buffer[0] = storage.unpack(body[_HEADER.size : middle], dtype, group)
+        state.hidden[0] = storage.raw_tensor(body[middle:end], hidden_dtype)
+        state.position[0] = position
+        state.advance(0, position)
+        return state
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in storage.DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in storage.DTYPES)
+        raise ValueError(f"UserState.to_bytes: dtype must be one of {names}, got {dtype}")
+    return found

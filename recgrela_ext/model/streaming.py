@@ -1,0 +1,119 @@
+"""Streaming: user states that follow the events instead of re-reading the history.
+
+`prefill(a)` and then `step(b)` item by item gives what `encode(a + b)` gives, for every split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import inputs
+from .state import StateLayout, UserState
+
+if TYPE_CHECKING:
+    from .recgrela import RecGRELA
+
+
+@contextmanager
+def evaluating(model: RecGRELA) -> Iterator[None]:
+    """Evaluation mode inside, as before afterwards."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def layout(model: RecGRELA) -> StateLayout:
+    config = model.config
+    if not config.causal:
+        raise ValueError("RecGRELA: a user state must belong to a causal model, got causal=False")
+    kept = config.conv_width - 1 if config.rank_augmentation else 0
+    return StateLayout(config.num_layers, config.num_heads, config.head_dim, kept)
+
+
+def init_state(model: RecGRELA, batch_size: int) -> UserState:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+        raise ValueError(f"RecGRELA.init_state: batch_size must be an int >= 0, got {batch_size!r}")
+    weight = model.item_embedding.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    width = model.config.hidden_size
+    sizes = layout(model)
+    return UserState.zeros(batch_size, sizes, width, model.fingerprint(), dtype, weight.device)
+
+
+def check_state(model: RecGRELA, caller: str, state: UserState, users: int | None = None) -> None:
+    if not isinstance(state, UserState):
+        raise TypeError(f"{caller}: state must be a UserState, got {type(state).__name__}")
+    if state.layout != layout(model):
+        raise ValueError(f"{caller}: state must have the sizes of this model, got {state.layout}")
+    if users is not None and len(state) != users:
+        raise ValueError(f"{caller}: state must hold {users} users, got {len(state)}")
+
+
+def prefill(
+    model: RecGRELA, batch: inputs.Batch, chunk_size: int, state: UserState | None
+) -> UserState:
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"RecGRELA.prefill: chunk_size must be an int >= 1, got {chunk_size!r}")
+    B, L = batch.items.shape
+    if state is None:
+        state = init_state(model, B)
+    check_state(model, "RecGRELA.prefill", state, B)
+    with evaluating(model):
+        for start in range(0, L, chunk_size):
+            items = batch.items[:, start : start + chunk_size]
+            lengths = (batch.lengths - start).clamp(0, items.shape[1])
+            _prefill_chunk(model, items, lengths, state)
+    return state
+
+
+def _prefill_chunk(model: RecGRELA, items: Tensor, lengths: Tensor, state: UserState) -> None:
+    positions = None
+    if model.config.position != "none":
+        positions = state.position[:, None] + torch.arange(items.shape[1], device=items.device)
+    hidden, after = model.encoder.run(
+        model._embed(items, positions), lengths, state=state.layers, return_state=True
+    )
+    for (kv, k_sum, conv, _), (new_kv, new_k_sum, new_conv, _) in zip(
+        state.layers, after, strict=True
+    ):
+        kv.copy_(new_kv)
+        k_sum.copy_(new_k_sum)
+        conv.copy_(new_conv)
+    last = hidden[torch.arange(len(state), device=items.device), (lengths - 1).clamp(min=0)]
+    touched = (lengths > 0).unsqueeze(-1)
+    state.hidden.copy_(torch.where(touched, last.to(state.hidden.dtype), state.hidden))
+    state.advance(lengths, items.shape[1])
+
+
+def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
+    config = model.config
+    caller = "RecGRELA.step"
+    if items.dim() != 1:
+        raise ValueError(f"{caller}: items must be [B], got {list(items.shape)}")
+    if items.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{caller}: items must be int64 or int32, got {items.dtype}")
+    check_state(model, caller, state, items.shape[0])
+    inputs.check_ids(caller, "items", config, items)
+    active: Tensor | None = items != config.padding_idx
+    if inputs.values_are_checked(items) and bool(active.all()):
+        active = None
+    positions = None if config.position == "none" else state.position
+    with evaluating(model):
+        hidden = model.encoder.step(model._embed(items, positions), state.layers, active)
+    if active is not None:
+        hidden = torch.where(active.unsqueeze(-1), hidden, state.hidden.to(hidden.dtype))
+        state.hidden.copy_(torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden))
+    else:
+        state.hidden.copy_(hidden)
+    state.advance(active, 1)
+    return hidden
