@@ -9,3 +9,7 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A saved model, state or training checkpoint cannot be used as it is."""
+
+
+class StateError(ValueError):
+    """A saved user state belongs to another model, is damaged, or cannot be stored as asked."""
