@@ -1,0 +1,114 @@
+// What memory safety needs of the arguments of a raw torch.ops call; the public Python functions
+// check the same and more. A failed check throws std::invalid_argument, which Python sees as a
+// ValueError without a stack trace. Never throw inside parallel_for: the text is lost.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace recgrela {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define RECGRELA_CHECK(condition, ...) \
+  if (!(condition)) ::recgrela::fail(__VA_ARGS__)
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_text(const Tensor& x) {
+  std::ostringstream text;
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "[") << x.size(i);
+  return x.dim() ? text.str() + "]" : "[]";
+}
+
+struct Dims {
+  int64_t B, L, H, D, W;
+  int64_t packed_items;  // T, 0 unless packed
+  ScalarType dtype, acc;
+};
+
+inline bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
+  if (x.dim() != static_cast<int64_t>(shape.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    if (x.size(i++) != size) return false;
+  }
+  return true;
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& x,
+                        std::initializer_list<int64_t> shape) {
+  if (has_shape(x, shape)) return;
+  std::ostringstream wanted;
+  const char* separator = "[";
+  for (int64_t size : shape) {
+    wanted << separator << size;
+    separator = ", ";
+  }
+  fail(op, ": ", name, " must have shape ", wanted.str(), "], got ", shape_text(x));
+}
+
+// A dense argument: its shape, dtype, device, contiguous.
+inline void check_dense(const char* op, const char* name, const std::optional<Tensor>& x,
+                        std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& q) {
+  if (!x) return;
+  check_shape(op, name, *x, shape);
+  RECGRELA_CHECK(x->scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype, ", got ",
+                 x->scalar_type());
+  RECGRELA_CHECK(x->device() == q.device(), op, ": ", name, " must be on the device of q");
+  RECGRELA_CHECK(x->is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+// A rows argument: the shape, dtype and device of q, last dimension contiguous.
+inline void check_rows(const char* op, const char* name, const std::optional<Tensor>& x,
+                       const Tensor& q) {
+  if (!x) return;
+  RECGRELA_CHECK(shape_text(*x) == shape_text(q), op, ": ", name, " must have the shape of q ",
+                 shape_text(q), ", got ", shape_text(*x));
+  RECGRELA_CHECK(x->scalar_type() == q.scalar_type(), op, ": ", name,
+                 " must have the dtype of q, ", q.scalar_type(), ", got ", x->scalar_type());
+  RECGRELA_CHECK(x->device() == q.device(), op, ": ", name, " must be on the device of q");
+  RECGRELA_CHECK(x->numel() == 0 || x->stride(x->dim() - 1) == 1, op, ": ", name,
+                 " must have a contiguous last dimension, got stride ", x->stride(x->dim() - 1));
+}
+
+inline void check_float(const char* op, const Tensor& q) {
+  const ScalarType dtype = q.scalar_type();
+  RECGRELA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                     dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                 op, ": q must have a floating dtype, got ", dtype);
+  const int64_t D = q.size(q.dim() - 1);
+  RECGRELA_CHECK(D >= 2 && D % 2 == 0, op, ": q must have an even last dimension, got ", D);
+}
+
+// Values a kernel will index with; only on the CPU, where reading them does not synchronise.
+inline void check_lengths(const char* op, const Tensor& lengths, int64_t L) {
+  const int64_t* values = static_cast<const int64_t*>(lengths.const_data_ptr());
+  for (int64_t b = 0; b < lengths.numel(); ++b) {
+    RECGRELA_CHECK(values[b] >= 0 && values[b] <= L, op, ": lengths must be between 0 and L = ", L,
+                   ", got ", values[b], " at ", b);
+  }
+}
+
+inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t items) {
+  const int64_t* values = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
+  const int64_t B = cu_seqlens.numel() - 1;
+  RECGRELA_CHECK(values[0] == 0, op, ": cu_seqlens must start with 0, got ", values[0]);
+  for (int64_t b = 0; b < B; ++b) {
+    RECGRELA_CHECK(values[b] <= values[b + 1], op, ": cu_seqlens must not decrease, got ",
+                   values[b], " before ", values[b + 1], " at ", b);
+  }
+  RECGRELA_CHECK(values[B] == items, op, ": cu_seqlens must end with the number of rows ", items,
+                 ", got ", values[B]);
+}
+
+}  // namespace recgrela

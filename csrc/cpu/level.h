@@ -1,0 +1,20 @@
+// Body of a level file: every kernel, compiled for the target its pragma names. The level file
+// defines RECGRELA_LEVEL (a namespace) and RECGRELA_KERNELS (the table's name) first.
+namespace recgrela {
+namespace RECGRELA_LEVEL {
+#include "simd.h"
+// keep this order
+#include "tile.h"
+// keep this order
+#include "gated_rela_backward.h"
+#include "gated_rela_forward.h"
+#include "gated_rela_step.h"
+}  // namespace RECGRELA_LEVEL
+
+const Kernels RECGRELA_KERNELS = {
+    RECGRELA_LEVEL_NAME,
+    RECGRELA_LEVEL::gated_rela,
+    RECGRELA_LEVEL::gated_rela_backward,
+    RECGRELA_LEVEL::gated_rela_step,
+};
+}  // namespace recgrela

@@ -1,0 +1,12 @@
+// Every standard header the kernels use. A level file includes this before its target pragma, so
+// that no inline function of the library is compiled for a processor that may not be there.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"

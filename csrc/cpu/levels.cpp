@@ -1,0 +1,106 @@
+// Run-time choice of the instruction-set level, and the tables every level shares.
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace recgrela {
+namespace {
+
+struct Level {
+  const Kernels* kernels;
+  bool runs_here;
+};
+
+// Slowest first. What is asked of the processor is what the level's code uses, nothing more.
+const Level* levels(int* count) {
+#if defined(__x86_64__)
+  static const Level all[] = {
+      {&kBaselineKernels, true},
+      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")},
+  };
+#else
+  static const Level all[] = {{&kBaselineKernels, true}};
+#endif
+  *count = sizeof(all) / sizeof(all[0]);
+  return all;
+}
+
+const Kernels& choose() {
+  int count;
+  const Level* all = levels(&count);
+  const char* wanted = std::getenv("RECGRELA_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == '\0') {
+    while (!all[count - 1].runs_here) --count;
+    return *all[count - 1].kernels;
+  }
+  for (int i = 0; i < count; ++i) {
+    if (all[i].runs_here && std::strcmp(all[i].kernels->level, wanted) == 0) return *all[i].kernels;
+  }
+  throw std::invalid_argument(std::string("RECGRELA_CPU_LEVEL must be one of ") +
+                              available_levels() + " on this machine, got " + wanted);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* available_levels() {
+  static const std::string names = [] {
+    int count;
+    const Level* all = levels(&count);
+    std::string text;
+    for (int i = 0; i < count; ++i) {
+      if (!all[i].runs_here) continue;
+      if (!text.empty()) text += ',';
+      text += all[i].kernels->level;
+    }
+    return text;
+  }();
+  return names.c_str();
+}
+
+void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_t D,
+                        int64_t items) {
+  const int64_t pairs = D / 2;
+  for (int64_t h = 0; h < H; ++h) {
+    for (int64_t j = 0; j < items; ++j) {
+      double* cosines = table + (h * kChunk + j) * 2 * pairs;
+      for (int64_t i = 0; i < pairs; ++i) {
+        const double phase = static_cast<double>(j) * inv_freq[h * pairs + i];
+        cosines[i] = std::cos(phase);
+        cosines[pairs + i] = std::sin(phase);
+      }
+    }
+  }
+}
+
+// A packed sequence starts at chunk cu_seqlens[b] / kChunk + b: slots never overlap, and nobody has
+// to know the lengths to size the buffer.
+int64_t first_chunk(const GatedRelaParams& p, int64_t b) {
+  if (p.cu_seqlens) return p.cu_seqlens[b] / kChunk + b;
+  return b * ((p.L + kChunk - 1) / kChunk);
+}
+
+int64_t count_chunks(int64_t B, int64_t L, int64_t packed_items, bool packed) {
+  return packed ? packed_items / kChunk + B : B * ((L + kChunk - 1) / kChunk);
+}
+
+}  // namespace recgrela
+
+// For Python's build_info(): the level in use and those this machine can run.
+extern "C" __attribute__((visibility("default"))) const char* recgrela_cpu_level() {
+  return recgrela::kernels().level;
+}
+extern "C" __attribute__((visibility("default"))) const char* recgrela_cpu_levels() {
+  return recgrela::available_levels();
+}

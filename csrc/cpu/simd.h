@@ -1,0 +1,134 @@
+// Vectors of 64 bytes in the compiler's own vector types, exp, and storage conversion. Included by
+// every level file inside the level's namespace, after its target pragma: no include guard.
+
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(64)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+constexpr int kLanes = 64 / sizeof(A);
+
+#define RECGRELA_INLINE inline __attribute__((always_inline))
+
+RECGRELA_INLINE float sum_lanes(Vec<float> x) {
+  typedef float Vec8 __attribute__((vector_size(32)));
+  typedef float Vec4 __attribute__((vector_size(16)));
+  const Vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+RECGRELA_INLINE double sum_lanes(Vec<double> x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+// exp for float, within 1 unit in the last place on [-87, 88]; arguments outside are clamped, so the
+// result is never 0 nor infinite. libm's exp is not vectorised; this loop is. NaN stays NaN.
+RECGRELA_INLINE float exp_clamped(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float n = (x * 1.44269504f + kRound) - kRound;
+  float r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  float p = 1.9875691e-4f;
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  // n is NaN for a NaN argument; the cast must still be defined.
+  const int32_t exponent = (x == x ? static_cast<int32_t>(n) : 0) + 127;
+  const int32_t bits = exponent << 23;
+  float scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
+
+RECGRELA_INLINE double exp_clamped(double x) {
+  x = x < -700.0 ? -700.0 : x;
+  x = x > 700.0 ? 700.0 : x;
+  return std::exp(x);
+}
+
+template <class A>
+RECGRELA_INLINE A sigmoid(A x) {
+  return A(1) / (A(1) + exp_clamped(-x));
+}
+
+// phi(x) = x + 1 above 0, exp(x) below; its derivative is min(phi(x), 1).
+template <class A>
+RECGRELA_INLINE A feature_map(A x) {
+  const A e = exp_clamped(x);
+  return x > A(0) ? x + A(1) : e;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+RECGRELA_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+RECGRELA_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+RECGRELA_INLINE float widen(float x) { return x; }
+RECGRELA_INLINE double widen(double x) { return x; }
+RECGRELA_INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+RECGRELA_INLINE float widen(Half x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000u;
+  uint32_t bits = magnitude + (112u << 23);
+  bits = exponent == 0x0f800000u ? bits + (112u << 23) : bits;  // infinity, NaN
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) -
+                                           bits_to_float(113u << 23));
+  return bits_to_float((exponent == 0 ? subnormal : bits) | sign);
+}
+
+RECGRELA_INLINE void narrow(float x, float* out) { *out = x; }
+RECGRELA_INLINE void narrow(double x, double* out) { *out = x; }
+RECGRELA_INLINE void narrow(float x, BFloat16* out) {  // to nearest, ties to even
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = uint16_t(x == x ? rounded : 0x7fc0u);
+}
+RECGRELA_INLINE void narrow(float x, Half* out) {  // to nearest, ties to even
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 aligns a subnormal half's last bit with the float's.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  out->bits = uint16_t(half | sign);
+}
+
+// Calls f with a null pointer of the storage type, which tells the generic lambda its type.
+template <class A, class F>
+RECGRELA_INLINE void with_storage(DType dtype, F&& f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    f(static_cast<double*>(nullptr));
+  } else if (dtype == DType::kBFloat16) {
+    f(static_cast<BFloat16*>(nullptr));
+  } else if (dtype == DType::kHalf) {
+    f(static_cast<Half*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}

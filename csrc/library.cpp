@@ -1,0 +1,44 @@
+// Every schema of the library, one operator a paragraph. Kernels register themselves in csrc/cpu and
+// csrc/cuda. `<op>_forward` has no autograd formula and is called when nothing needs a gradient:
+// a formula registered from Python costs about 10 us a call even under no_grad.
+#include <torch/csrc/stable/library.h>
+
+#define GATED_RELA_ARGS                                                                        \
+  "(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor inv_freq, Tensor? conv_weight, "        \
+  "Tensor? conv_bias, Tensor? lengths, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum, "        \
+  "Tensor? conv, Tensor? position, float eps, bool return_final_state, "                       \
+  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "              \
+  "Tensor final_conv, Tensor saved_kv, Tensor saved_k_sum)"
+
+#define RELA_ARGS                                                                               \
+  "(Tensor q, Tensor k, Tensor v, Tensor inv_freq, Tensor? lengths, Tensor? cu_seqlens, "       \
+  "Tensor? kv, Tensor? k_sum, Tensor? position, float eps, bool return_final_state, "           \
+  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "               \
+  "Tensor saved_kv, Tensor saved_k_sum)"
+
+STABLE_TORCH_LIBRARY(recgrela, m) {
+  m.def("gated_rela_forward" GATED_RELA_ARGS);
+  m.def("gated_rela" GATED_RELA_ARGS);
+  m.def(
+      "gated_rela_backward(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, "
+      "Tensor? grad_conv, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor inv_freq, "
+      "Tensor? conv_weight, Tensor? conv_bias, Tensor? lengths, Tensor? cu_seqlens, Tensor? kv, "
+      "Tensor? k_sum, Tensor? conv, Tensor? position, Tensor saved_kv, Tensor saved_k_sum, "
+      "float eps, bool state_grad) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+      "Tensor grad_gate, Tensor grad_conv_weight, Tensor grad_conv_bias, "
+      "Tensor grad_initial_kv, Tensor grad_initial_k_sum, Tensor grad_initial_conv)");
+
+  m.def(
+      "gated_rela_step(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor inv_freq, "
+      "Tensor? conv_weight, Tensor? conv_bias, Tensor(a!) kv, Tensor(b!) k_sum, Tensor(c!) conv, "
+      "Tensor position, Tensor? active, float eps) -> Tensor");
+
+  m.def("rela_forward" RELA_ARGS);
+  m.def("rela" RELA_ARGS);
+  m.def(
+      "rela_backward(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, Tensor q, Tensor k, "
+      "Tensor v, Tensor inv_freq, Tensor? lengths, Tensor? cu_seqlens, Tensor? kv, "
+      "Tensor? k_sum, Tensor? position, Tensor saved_kv, Tensor saved_k_sum, float eps, "
+      "bool state_grad) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+      "Tensor grad_initial_kv, Tensor grad_initial_k_sum)");
+}

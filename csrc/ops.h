@@ -1,0 +1,61 @@
+// Every operator of librecgrela, with shapes: the table of contents. Schemas are in library.cpp,
+// meaning and formulas in recgrela_ext/ops/reference.py.
+//
+//   rows    q, k, v, gate, out: [B, L, H, D], or [T, H, D] with cu_seqlens; any strides, the last
+//           dimension contiguous; one floating dtype
+//   acc     float64 for float64 rows, else float32: conv_weight [H*D, W], conv_bias [H*D], states
+//           kv [B, H, D, D], k_sum [B, H, D], conv [B, W-1, H*D], all contiguous
+//   other   inv_freq [H, D/2] float64; lengths [B], cu_seqlens [B+1], position [B] int64
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace recgrela {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// out, final kv, final k_sum, final conv (empty unless return_final_state), and the states at every
+// chunk's start (empty unless save_for_backward).
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
+                             OptionalTensor conv_weight, OptionalTensor conv_bias,
+                             OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+                             OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position,
+                             double eps, bool return_final_state, bool save_for_backward);
+
+// Gradients of q, k, v, gate, conv_weight, conv_bias and the initial kv, k_sum, conv; what was not
+// given, or not asked for with state_grad, is empty.
+using BackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult gated_rela_backward_cpu(
+    Tensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, OptionalTensor grad_conv,
+    Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq, OptionalTensor conv_weight,
+    OptionalTensor conv_bias, OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+    OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position, Tensor saved_kv,
+    Tensor saved_k_sum, double eps, bool state_grad);
+
+// Rows [B, H, D]; kv, k_sum and conv are updated in place and may have any batch stride.
+Tensor gated_rela_step_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
+                           OptionalTensor conv_weight, OptionalTensor conv_bias, Tensor kv,
+                           Tensor k_sum, Tensor conv, Tensor position, OptionalTensor active,
+                           double eps);
+
+// gated_rela without gate and rank augmentation; its states have no conv.
+using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,
+                    OptionalTensor cu_seqlens, OptionalTensor kv, OptionalTensor k_sum,
+                    OptionalTensor position, double eps, bool return_final_state,
+                    bool save_for_backward);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rela_backward_cpu(
+    Tensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, Tensor q, Tensor k,
+    Tensor v, Tensor inv_freq, OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+    OptionalTensor k_sum, OptionalTensor position, Tensor saved_kv, Tensor saved_k_sum, double eps,
+    bool state_grad);
+
+}  // namespace recgrela

@@ -1,0 +1,13 @@
+"""The operators: stateless functions on ``[B, L, H, D]`` rows.
+
+``reference`` states each of them in plain PyTorch and is the specification; the functions here run
+the compiled kernels where there are any and the reference elsewhere.
+"""
+
+from . import reference
+from .gated_rela import gated_rela
+from .gated_rela_step import gated_rela_step
+from .reference import inv_freq
+from .rela import rela
+
+__all__ = ["gated_rela", "gated_rela_step", "inv_freq", "reference", "rela"]

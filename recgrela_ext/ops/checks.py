@@ -1,0 +1,208 @@
+"""Argument checks of the public operators: shapes, dtypes, devices, strides; never values.
+
+They run on real, fake and meta tensors alike. Values (lengths, cu_seqlens) are checked by the CPU
+kernels, and here only where the plain PyTorch reference runs instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import State, accumulate_dtype
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def _tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def _shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"{op}: {name} must have shape {words} = {list(shape)}, got {list(x.shape)}"
+        )
+
+
+def _same_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, dims: int) -> None:
+    """q, k, v and gate: one shape, floating dtype and device, the last dimension contiguous."""
+    _tensor(op, "q", q)
+    words = {4: "[B, L, H, D]", 3: "[T, H, D] with cu_seqlens"}[dims]
+    if op.endswith("step"):
+        words = "[B, H, D]"
+    if q.dim() != dims:
+        raise ValueError(f"{op}: q must have shape {words}, got {list(q.shape)}")
+    if q.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: q must have dtype float32, float64, bfloat16 or float16, got {q.dtype}"
+        )
+    if q.shape[-1] < 2 or q.shape[-1] % 2:
+        raise ValueError(f"{op}: q must have an even last dimension, got {q.shape[-1]}")
+    for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate)):
+        if x is None and name == "gate":
+            continue
+        _tensor(op, name, x)
+        assert x is not None
+        if x.shape != q.shape:
+            raise ValueError(
+                f"{op}: {name} must have the shape of q {list(q.shape)}, got {list(x.shape)}"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        _same_device(op, name, x, q)
+        if x.numel() and x.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must have a contiguous last dimension, got stride {x.stride(-1)}"
+            )
+
+
+def check_parameters(
+    op: str,
+    q: Tensor,
+    inv_freq: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    eps: float,
+) -> int:
+    """inv_freq, conv_weight, conv_bias and eps; returns the convolution's width W."""
+    H, D = q.shape[-2:]
+    _tensor(op, "inv_freq", inv_freq)
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}"
+        )
+    _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
+    _same_device(op, "inv_freq", inv_freq, q)
+    if not (isinstance(eps, (float, int)) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
+    if conv_weight is None:
+        if conv_bias is not None:
+            raise ValueError(f"{op}: conv_bias must be None without conv_weight, got a tensor")
+        return 1
+    _tensor(op, "conv_weight", conv_weight)
+    if conv_weight.dim() != 2 or conv_weight.shape[0] != H * D or conv_weight.shape[1] < 1:
+        raise ValueError(
+            f"{op}: conv_weight must have shape [H*D, W] = [{H * D}, W] with W >= 1, "
+            f"got {list(conv_weight.shape)}"
+        )
+    for name, x in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
+        if x is None:
+            continue
+        _tensor(op, name, x)
+        if x.dtype not in FLOATING:
+            raise ValueError(f"{op}: {name} must have a floating dtype, got {x.dtype}")
+        _same_device(op, name, x, q)
+    if conv_bias is not None:
+        _shape(op, "conv_bias", conv_bias, (H * D,), "[H*D]")
+    return conv_weight.shape[1]
+
+
+def check_state(op: str, name: str, state: Any, q: Tensor, B: int, width: int) -> None:
+    """A state tuple (kv, k_sum, conv, position) for B sequences of rows like q."""
+    if not isinstance(state, tuple | list) or len(state) != 4:
+        raise ValueError(
+            f"{op}: {name} must be a tuple (kv, k_sum, conv, position), "
+            f"got {type(state).__name__}"
+        )
+    H, D = q.shape[-2:]
+    acc = accumulate_dtype(q.dtype)
+    parts = (
+        ("kv", (B, H, D, D), "[B, H, D, D]", acc),
+        ("k_sum", (B, H, D), "[B, H, D]", acc),
+        ("conv", (B, width - 1, H * D), "[B, W-1, H*D]", acc),
+        ("position", (B,), "[B]", torch.int64),
+    )
+    for x, (part, shape, words, dtype) in zip(state, parts, strict=True):
+        label = f"{name} {part}"
+        _tensor(op, label, x)
+        _shape(op, label, x, shape, words)
+        if x.dtype != dtype:
+            raise ValueError(f"{op}: {label} must have dtype {dtype}, got {x.dtype}")
+        _same_device(op, label, x, q)
+
+
+def check_sequence(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    inv_freq: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: State | None,
+    return_final_state: bool,
+    causal: bool,
+    eps: float,
+) -> None:
+    """Every argument of gated_rela and rela."""
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError(f"{op}: lengths must be None with cu_seqlens, got both")
+    check_rows(op, q, k, v, gate, 3 if cu_seqlens is not None else 4)
+    width = check_parameters(op, q, inv_freq, conv_weight, conv_bias, eps)
+    B = q.shape[0]
+    for name, x in (("lengths", lengths), ("cu_seqlens", cu_seqlens)):
+        if x is None:
+            continue
+        _tensor(op, name, x)
+        if x.dtype not in INTEGERS:
+            raise ValueError(f"{op}: {name} must have dtype int64 or int32, got {x.dtype}")
+        _same_device(op, name, x, q)
+    if lengths is not None:
+        _shape(op, "lengths", lengths, (B,), "[B]")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(
+                f"{op}: cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}"
+            )
+        B = cu_seqlens.shape[0] - 1
+    if not causal and (initial_state is not None or return_final_state):
+        raise ValueError(f"{op}: causal must be True with a state, got causal=False")
+    if initial_state is not None:
+        check_state(op, "initial_state", initial_state, q, B, width)
+
+
+def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """The values a CPU kernel would refuse, for calls that run the reference. CPU tensors only."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_fake(q):
+        return
+    if lengths is not None and lengths.numel():
+        L = q.shape[1]
+        bad = (lengths < 0) | (lengths > L)
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{op}: lengths must be between 0 and L = {L}, got {int(lengths[at])} at {at}"
+            )
+    if cu_seqlens is not None:
+        if int(cu_seqlens[0]) != 0:
+            raise ValueError(f"{op}: cu_seqlens must start with 0, got {int(cu_seqlens[0])}")
+        drops = (cu_seqlens.diff() < 0).nonzero()
+        if drops.numel():
+            at = int(drops[0])
+            before, after = int(cu_seqlens[at]), int(cu_seqlens[at + 1])
+            raise ValueError(
+                f"{op}: cu_seqlens must not decrease, got {before} before {after} at {at}"
+            )
+        if int(cu_seqlens[-1]) != q.shape[0]:
+            raise ValueError(
+                f"{op}: cu_seqlens must end with the number of rows {q.shape[0]}, "
+                f"got {int(cu_seqlens[-1])}"
+            )
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)

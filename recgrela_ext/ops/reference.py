@@ -1,0 +1,277 @@
+"""The operators in plain PyTorch: the specification every kernel is compared with.
+
+Shapes: ``B`` batch, ``L`` length, ``H`` heads, ``D`` head dim, ``hidden_size = H * D``.
+
+    phi(x) = x + 1 where x > 0, else exp(x)                          feature map
+    R_p    rotates the pairs (2i, 2i+1) by p * inv_freq[h, i] radians
+    num_t  = sum_{s<=t} (R_t phi(q_t) . R_s phi(k_s)) v_s             [D]
+    den_t  = sum_{s<=t} phi(q_t) . phi(k_s)                           scalar, not rotated
+    o_t    = num_t / (den_t + eps * n_t)                              n_t keys in the sum
+    a_t    = SiLU(conv_bias + sum_j conv_weight[:, j] * v_{t-W+1+j})  rank augmentation
+    y_t    = SiLU(gate_t) * (o_t + a_t)                               gated rank selector
+
+Source: RecGRELA (arXiv 2506.13315), section 3; eps and the normaliser as in the published code.
+bfloat16 and float16 inputs are computed in float32 and rounded once, at the end.
+
+A state is the tuple ``(kv [B, H, D, D], k_sum [B, H, D], conv [B, W-1, H*D], position [B])``
+with kv = sum R_s phi(k_s) v_s^T (key dim first) and conv = the last W - 1 values, oldest first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_CHUNK = 64
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums and states are kept in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inv_freq(
+    num_heads: int, head_dim: int, rotary: str = "full_width", base: float = 10000.0
+) -> Tensor:
+    """Angular frequencies of the rotary pairs, radians per position.
+
+    Args:
+        num_heads: H.
+        head_dim: D, even.
+        rotary: ``"full_width"`` (published code: the heads own disjoint frequency bands),
+            ``"per_head"`` (every head has all bands) or ``"none"`` (all zero: no rotation).
+        base: the largest period is 2 pi * base, about.
+
+    Returns:
+        float64 ``[H, D/2]``.
+
+    Raises:
+        ValueError: unknown ``rotary``, odd ``head_dim`` or a base not above 0.
+    """
+    if num_heads < 1:
+        raise ValueError(f"inv_freq: num_heads must be at least 1, got {num_heads}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {head_dim}")
+    if not base > 0:
+        raise ValueError(f"inv_freq: base must be above 0, got {base}")
+    pairs = head_dim // 2
+    index = torch.arange(num_heads * pairs, dtype=torch.float64).view(num_heads, pairs)
+    if rotary == "full_width":
+        return base ** (-index / (num_heads * pairs))
+    if rotary == "per_head":
+        return base ** (-(index % pairs) / pairs)
+    if rotary == "none":
+        return torch.zeros_like(index)
+    raise ValueError(
+        f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {rotary!r}"
+    )
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1, without the cancellation of computing it that way. Any shape."""
+    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotates the adjacent pairs of ``x [B, L, H, D]`` at ``position [B, L]`` (any integers)."""
+    phase = position.to(torch.float64)[:, :, None, None] * inv_freq.to(torch.float64)
+    cos, sin = phase.cos().to(x.dtype), phase.sin().to(x.dtype)  # [B, L, H, D/2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def gated_rela(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    inv_freq: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    causal: bool = True,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, State]:
+    """Same arguments and results as :func:`recgrela_ext.ops.gated_rela`, differentiable twice."""
+    if cu_seqlens is not None:
+        return _packed(q, k, v, gate, inv_freq, conv_weight, conv_bias, cu_seqlens, initial_state,
+                       return_final_state, causal, eps)  # fmt: skip
+    dtype, acc = q.dtype, accumulate_dtype(q.dtype)
+    B, L, H, D = q.shape
+    q, k, v = q.to(acc), k.to(acc), v.to(acc)
+    steps = torch.arange(L, device=q.device)
+    if lengths is None:
+        lengths = torch.full((B,), L, device=q.device, dtype=torch.int64)
+    real = steps < lengths[:, None]  # [B, L]
+    keep = real[:, :, None, None]
+    # Padding may hold anything, NaN included: it is selected away, never multiplied.
+    q, k, v = (torch.where(keep, x, 0.0) for x in (q, k, v))
+
+    width = 1 if conv_weight is None else conv_weight.shape[-1]
+    kv, k_sum, conv, position = initial_state or zero_state(B, H, D, width, acc, q.device)
+    kv, k_sum, conv = kv.to(acc), k_sum.to(acc), conv.to(acc)
+    phases = position[:, None] + steps
+    phi_q, phi_k = feature_map(q), torch.where(keep, feature_map(k), 0.0)
+    rot_q, rot_k = (rotate(x, phases, inv_freq) for x in (phi_q, phi_k))
+
+    attend = _attend_causal if causal else _attend_bidirectional
+    num, den, kv, k_sum = attend(phi_q, phi_k, rot_q, rot_k, v, kv, k_sum)
+    if causal:
+        count = phases + 1
+    else:
+        count = (position + lengths)[:, None].expand(B, L)
+    # A bidirectional sequence without keys has no output; 1 keeps its masked rows finite.
+    out = num / (den + eps * count.clamp(min=1)[:, :, None].to(acc))[..., None]
+
+    values = torch.cat((conv, v.reshape(B, L, H * D)), dim=1)  # [B, W-1+L, H*D]
+    if conv_weight is not None:
+        out = out + _augment(values, conv_weight, conv_bias).view(B, L, H, D)
+    if gate is not None:
+        out = out * F.silu(torch.where(keep, gate.to(acc), 0.0))
+    out = torch.where(keep, out, 0.0).to(dtype)
+    if not return_final_state:
+        return out
+    last = lengths[:, None] + torch.arange(width - 1, device=q.device)  # [B, W-1]
+    conv = values.gather(1, last[:, :, None].expand(-1, -1, H * D))
+    return out, (kv, k_sum, conv, position + lengths)
+
+
+def rela(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    causal: bool = True,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, State]:
+    """RELA alone: o_t above, without rank augmentation and gate. See :func:`gated_rela`."""
+    return gated_rela(q, k, v, None, inv_freq, None, None, lengths, cu_seqlens, initial_state,
+                      return_final_state, causal, eps)  # fmt: skip
+
+
+def gated_rela_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    inv_freq: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    state: State,
+    eps: float = 1e-6,
+    active: Tensor | None = None,
+) -> Tensor:
+    """One item per sequence, ``[B, H, D]``; updates kv, k_sum and conv in place."""
+    one = [None if x is None else x.unsqueeze(1) for x in (q, k, v, gate)]
+    lengths = torch.ones(q.shape[0], dtype=torch.int64, device=q.device)
+    if active is not None:
+        lengths = lengths * active
+    out, final = gated_rela(*one, inv_freq, conv_weight, conv_bias, lengths, None, state,
+                            True, True, eps)  # fmt: skip
+    for old, new in zip(state[:3], final[:3], strict=True):
+        old.copy_(new)
+    return out.squeeze(1)
+
+
+def zero_state(
+    B: int, H: int, D: int, width: int, dtype: torch.dtype, device: torch.device | str | None = None
+) -> State:
+    """The state before the first item: ``(kv, k_sum, conv, position)``, all zero."""
+    return (
+        torch.zeros(B, H, D, D, dtype=dtype, device=device),
+        torch.zeros(B, H, D, dtype=dtype, device=device),
+        torch.zeros(B, width - 1, H * D, dtype=dtype, device=device),
+        torch.zeros(B, dtype=torch.int64, device=device),
+    )
+
+
+def _attend_causal(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    rot_q: Tensor,
+    rot_k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    k_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """num [B, L, H, D], den [B, L, H] and the states after the last item."""
+    nums, dens = [], []
+    split = [x.split(_CHUNK, dim=1) for x in (phi_q, phi_k, rot_q, rot_k, v)]
+    for pq, pk, rq, rk, u in zip(*split, strict=True):
+        mask = torch.ones(pq.shape[1], pq.shape[1], device=v.device, dtype=torch.bool).tril()
+        scores = torch.where(mask, torch.einsum("bthd,bshd->bhts", rq, rk), 0.0)
+        nums.append(
+            torch.einsum("bhts,bshe->bthe", scores, u) + torch.einsum("bthd,bhde->bthe", rq, kv)
+        )
+        dens.append((pq * (pk.cumsum(1) + k_sum[:, None])).sum(-1))
+        kv = kv + torch.einsum("bshd,bshe->bhde", rk, u)
+        k_sum = k_sum + pk.sum(1)
+    if not nums:
+        return v, v.sum(-1), kv, k_sum
+    return torch.cat(nums, 1), torch.cat(dens, 1), kv, k_sum
+
+
+def _attend_bidirectional(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    rot_q: Tensor,
+    rot_k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    k_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kv = kv + torch.einsum("bshd,bshe->bhde", rot_k, v)
+    k_sum = k_sum + phi_k.sum(1)
+    num = torch.einsum("bthd,bhde->bthe", rot_q, kv)
+    return num, torch.einsum("bthd,bhd->bth", phi_q, k_sum), kv, k_sum
+
+
+def _augment(values: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> Tensor:
+    """a_t from ``values [B, W-1+L, H*D]``: ``[B, L, H*D]``."""
+    weight = conv_weight.to(values.dtype)
+    bias = None if conv_bias is None else conv_bias.to(values.dtype)
+    pre = F.conv1d(values.transpose(1, 2), weight[:, None, :], bias, groups=weight.shape[0])
+    return F.silu(pre).transpose(1, 2)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    inv_freq: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    cu_seqlens: Tensor,
+    initial_state: State | None,
+    return_final_state: bool,
+    causal: bool,
+    eps: float,
+) -> Tensor | tuple[Tensor, State]:
+    """Packed rows ``[T, H, D]`` through the padded form and back."""
+    start = cu_seqlens.to(torch.int64)
+    lengths = start.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    steps = torch.arange(longest, device=q.device)
+    real = steps < lengths[:, None]  # [B, L]
+    row = torch.where(real, start[:-1, None] + steps, 0)
+    if q.shape[0] == 0:
+        padded = [None if x is None else x.new_zeros(*row.shape, *x.shape[1:]) for x in (q, k, v, gate)]
+    else:
+        padded = [None if x is None else x[row] for x in (q, k, v, gate)]
+    result = gated_rela(*padded, inv_freq, conv_weight, conv_bias, lengths, None, initial_state,
+                        return_final_state, causal, eps)  # fmt: skip
+    if not return_final_state:
+        return result[real]
+    out, state = result
+    return out[real], state
