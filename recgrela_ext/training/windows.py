@@ -45,10 +45,15 @@ class Batch:
         )
         return items, cu_seqlens, targets
 
-    def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """`item_seq [B, L]` right-padded, `item_seq_len [B]` and `targets [B, L]`, int64."""
+    def padded(
+        self, device: torch.device, length: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`item_seq [B, L]` right-padded, `item_seq_len [B]` and `targets [B, L]`, int64.
+
+        L is `length`, or that of the longest window where it is longer or `length` is None.
+        """
         lengths = np.diff(self.cu_seqlens)
-        shape = (len(lengths), int(lengths.max(initial=0)))
+        shape = (len(lengths), max(length or 0, int(lengths.max(initial=0))))
         row = np.repeat(np.arange(len(lengths)), lengths)
         column = np.arange(len(self.items)) - np.repeat(self.cu_seqlens[:-1], lengths)
         tensors = []

@@ -1,0 +1,177 @@
+"""Training checkpoints that are whole or not there, and hold no pickle.
+
+    <folder>/step-0000001200/tensors.safetensors     weights, optimiser state, averages
+    <folder>/step-0000001200/state.json              everything else, and the sha256 of both
+
+A checkpoint is written beside its place, flushed to the disk and renamed, so a process killed at
+any moment leaves the old ones or the new one. What a broken disk tears is found by the sums, and
+the checkpoint before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from recgrela_ext.errors import CheckpointError
+
+_FORMAT = "recgrela-training-checkpoint"
+_VERSION = 1
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Contents of one checkpoint: CPU tensors by name, and a JSON state."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Raises:
+        CheckpointError: the folder cannot be made, or is a file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"fit: checkpoint_dir must be a folder that can be written, got {folder} ({error})"
+            ) from None
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there, ascending."""
+        names = (entry.name for entry in self.path.glob("step-*") if entry.is_dir())
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep: Iterable[int] = (),
+    ) -> Path:
+        """Writes a checkpoint; the two newest and the steps in `keep` stay, the others go."""
+        place = self._place(step)
+        part = self.path / f".{place.name}.{os.getpid()}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, part / _TENSORS)
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "step": step,
+            "tensors_sha256": _sha256_of_file(part / _TENSORS),
+            "state": dict(state),
+        }
+        content["sha256"] = _sha256_of_json(content)
+        (part / _STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for path in (part / _TENSORS, part / _STATE, part):
+            _flush(path)
+        if place.exists():  # this step once more, after a restart from an earlier one
+            shutil.rmtree(place)
+        os.replace(part, place)
+        _flush(self.path)
+        self._prune({step, *self.steps()[-2:], *keep})
+        return place
+
+    def load(self, step: int) -> Checkpoint:
+        """Reads one checkpoint; CheckpointError when it is missing, torn or of another version."""
+        place = self._place(step)
+        try:
+            content = json.loads((place / _STATE).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("format") != _FORMAT:
+                raise CheckpointError(f"{place} must be a training checkpoint, got other JSON")
+            if content.get("version") != _VERSION:
+                raise CheckpointError(
+                    f"{place} must have version {_VERSION}, got {content.get('version')!r}"
+                )
+            told = content.pop("sha256", None)
+            whole = told == _sha256_of_json(content)
+            whole = whole and content["tensors_sha256"] == _sha256_of_file(place / _TENSORS)
+            if not whole:
+                raise CheckpointError(f"{place} must be whole, got files that miss their checksum")
+            loaded = safetensors.torch.load_file(place / _TENSORS)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{place} must be a whole checkpoint, got {error}") from None
+        tensors = {name: tensor.clone() for name, tensor in loaded.items()}  # off the mapped file
+        return Checkpoint(step, tensors, content["state"])
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, a warning for each torn one; None when there is none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        steps = self.steps()
+        first: CheckpointError | None = None
+        for step in reversed(steps):
+            try:
+                found = self.load(step)
+            except CheckpointError as error:
+                first = first or error
+                continue
+            if first is not None:
+                warnings.warn(f"fit: {first}; going on from step {step}", stacklevel=2)
+            return found
+        if first is not None:
+            raise CheckpointError(f"fit: {first}, and there is no earlier one to go on from")
+        return None
+
+    def clear(self) -> None:
+        """Removes every checkpoint."""
+        self._prune(set())
+
+    def discard_after(self, step: int) -> None:
+        """Removes torn checkpoints that are newer than the one a run goes on from."""
+        self._prune({there for there in self.steps() if there <= step})
+
+    def _place(self, step: int) -> Path:
+        return self.path / f"step-{step:010d}"
+
+    def _prune(self, kept: set[int]) -> None:
+        for step in set(self.steps()) - kept:
+            shutil.rmtree(self._place(step), ignore_errors=True)
+        for left in self.path.glob(".step-*.part"):  # of a process killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
