@@ -54,7 +54,7 @@ def id_hashes(ids: np.ndarray, seed: int) -> np.ndarray:
     else:
         digests = (hashlib.blake2b(str(raw).encode(), digest_size=8).digest() for raw in ids)
         numbers = np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-    return mix(numbers ^ mix(np.uint64([seed % 2**64])))
+    return mix(numbers ^ mix(np.array([seed % 2**64], dtype=np.uint64)))
 
 
 def mix(values: np.ndarray) -> np.ndarray:

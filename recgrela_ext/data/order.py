@@ -28,9 +28,9 @@ ORDERS = ("hash", "file", "item_id", "recbole_float32", "shuffled")
 
 
 class Ordered(NamedTuple):
-    """``index`` int64 [N]: rows sorted by (user, time, rule); ``tied``: share of adjacent ties."""
+    """``rows`` int64 [N]: row numbers by (user, time, rule); ``tied``: share of adjacent ties."""
 
-    index: np.ndarray
+    rows: np.ndarray
     tied: float
 
 

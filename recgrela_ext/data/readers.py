@@ -105,7 +105,7 @@ def _text_parts(
     source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
 ) -> Iterator[_Part]:
     wanted = [source.user, source.item, *keep]
-    types = {name: "category" for name in wanted}
+    types = dict.fromkeys(wanted, "category")
     if source.time is not None:
         wanted.append(source.time)
     for chunk in _chunks(source, wanted, types, progress):

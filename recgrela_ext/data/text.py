@@ -46,7 +46,8 @@ class TextSource(io.RawIOBase):
         while True:
             if self._text is None and not self._open_next():
                 return 0
-            assert self._text is not None and self._raw is not None
+            assert self._text is not None
+            assert self._raw is not None
             data = self._read(len(view))
             if data:
                 view[: len(data)] = data
@@ -82,7 +83,8 @@ class TextSource(io.RawIOBase):
         self._text = self._raw = None
 
     def _read(self, size: int) -> bytes:
-        assert self._text is not None and self._raw is not None
+        assert self._text is not None
+        assert self._raw is not None
         path = self._paths[self._next - 1]
         try:
             data = self._text.read(size)

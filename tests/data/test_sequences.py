@@ -11,13 +11,17 @@ from recgrela_ext.errors import DataError
 
 def test_from_lists_and_targets_are_views():
     sequences = Sequences.from_lists([[1, 2, 3], [3], [2, 2]])
-    assert len(sequences) == 3 and sequences.num_items == 3 and sequences.n_items == 4
-    assert sequences.items.dtype == np.int32 and sequences.offsets.dtype == np.int64
+    assert len(sequences) == 3
+    assert sequences.num_items == 3
+    assert sequences.n_items == 4
+    assert sequences.items.dtype == np.int32
+    assert sequences.offsets.dtype == np.int64
     assert sequences.history(0).base is sequences.items
     assert sequences.repeat_share == pytest.approx(1 / 6)
     targets = Targets.last_of(sequences)
     assert targets.target_items.tolist() == [3, 2]
-    assert targets.history(0).tolist() == [1, 2] and targets.history(1).tolist() == [2]
+    assert targets.history(0).tolist() == [1, 2]
+    assert targets.history(1).tolist() == [2]
     assert targets.target_sha256 == hashlib.sha256(b"0\t3\n2\t2\n").hexdigest()
     assert targets.dropped == {"short_users": 1}
 
@@ -38,9 +42,11 @@ def test_id_map_round_trip(tmp_path, items):
     saved.save(tmp_path / "ids.json")
     loaded = IdMap.load(tmp_path / "ids.json")
     assert [path.name for path in tmp_path.iterdir()] == ["ids.json"]
-    assert loaded.item_ids.tolist() == items.tolist() and loaded.item_titles == titles
+    assert loaded.item_ids.tolist() == items.tolist()
+    assert loaded.item_titles == titles
     rows = loaded.encode_items(items)
-    assert rows.dtype == np.int32 and rows.tolist() == list(range(1, len(items) + 1))
+    assert rows.dtype == np.int32
+    assert rows.tolist() == list(range(1, len(items) + 1))
     assert loaded.decode_items(rows).tolist() == items.tolist()
     assert loaded.encode_items(items.astype(str)).tolist() == rows.tolist()
     assert loaded.title(1) == "Ürsprung"
