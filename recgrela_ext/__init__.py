@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops
+    from ._library import build_info
     from .data import IdMap, Interactions, Sequences, Targets
     from .errors import CheckpointError, DataError, StateError
     from .evaluation import evaluate
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
         GRELAEncoder,
         RotaryEnhancedLinearAttention,
     )
-    from .model import Recommendations, RecGRELA, RecGRELAConfig, SeenItems, UserState
-    from .ops import build_info
+    from .model import RecGRELA, RecGRELAConfig, Recommendations, SeenItems, UserState
     from .training import TrainConfig, fit
     from .version import __version__
 
@@ -44,7 +44,7 @@ _HOME = {
     "TrainConfig": "training",
     "UserState": "model",
     "__version__": "version",
-    "build_info": "ops",
+    "build_info": "_library",
     "evaluate": "evaluation",
     "fit": "training",
     "ops": "ops",

@@ -13,7 +13,7 @@ from .rela import State
 
 
 class GRELAEncoder(nn.Module):
-    """`num_layers` GRELA blocks on rows of width `hidden_size`; fits other frameworks' encoder slots.
+    """`num_layers` GRELA blocks on rows of `hidden_size`, for other frameworks' encoder slots.
 
     Args:
         hidden_size, num_layers, num_heads: sizes.
@@ -37,7 +37,7 @@ class GRELAEncoder(nn.Module):
         self.layers = nn.ModuleList(
             GRELABlock(hidden_size, num_heads, **block) for _ in range(num_layers)
         )
-        eps = self.layers[0].norm1.eps
+        eps = block.get("layer_norm_eps", 1e-6)
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps) if final_norm else None
 
     def forward(
@@ -121,8 +121,9 @@ class GRELAEncoder(nn.Module):
         if not torch.compiler.is_compiling() and mask.device.type == "cpu":
             check_one_run(mask, first, lengths)
         x = shift_rows(x, first)
-        result = self.forward(x, lengths, None, state, return_state)
-        out, states = result if return_state else (result, [])
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        x = torch.where(real.unsqueeze(-1), x, 0.0)
+        out, states = self.run(x, lengths, None, state, return_state)
         out = torch.where(mask.unsqueeze(-1), shift_rows(out, -first), 0.0)
         return (out, states) if return_state else out
 
@@ -175,5 +176,5 @@ def check_one_run(mask: Tensor, first: Tensor, lengths: Tensor) -> None:
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"GRELAEncoder: mask must have one contiguous run of True per row, got gaps in row {row}"
+            f"GRELAEncoder: mask must have one run of True per row, got a gap in row {row}"
         )

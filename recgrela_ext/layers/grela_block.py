@@ -1,8 +1,8 @@
 """One layer of the model (paper section 3.4).
 
-    h = LN1(x);  g = W_g h;  u = W_in h;  [q, k] = W_qk u;  v = u
-    x = x + DropPath(W_out gated_rela(q, k, v, g))
-    x = x + MLP(LN2(x)),   MLP = Dropout(W_2 Dropout(GELU(W_1 .)))
+h = LN1(x);  g = W_g h;  u = W_in h;  [q, k] = W_qk u;  v = u
+x = x + DropPath(W_out gated_rela(q, k, v, g))
+x = x + MLP(LN2(x)),   MLP = Dropout(W_2 Dropout(GELU(W_1 .)))
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class GRELABlock(nn.Module):
         return (out, final) if return_state else out
 
     def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        """One item per user, x [B, hidden_size]; `state` changes in place, where `active` says so."""
+        """One item per user, x [B, hidden_size]; `state` changes in place where `active` [B]."""
         q, k, v, gate = self._project(x, x.shape[:-1])
         y = self.modulator.step(q, k, v, gate, self.attention, state, active)
         return self._finish(x, y, None, x.shape[0])

@@ -1,8 +1,8 @@
 """The Adaptive Rank Modulator (paper section 3.3): rank augmentation and gated rank selector.
 
-    a_t = SiLU(b + sum_j w[:, j] * v_{t-W+1+j})      rank augmentation, zeros before the first item
-    y_t = f(g_t) * (o_t + a_t)                       selector "silu"; f is SiLU, an ablation, or absent
-    y_t = s(g_t) * o_t + (1 - s(g_t)) * a_t          selector "balance"; s is the sigmoid
+a_t = SiLU(b + sum_j w[:, j] * v_{t-W+1+j})    rank augmentation, zeros before the first item
+y_t = SiLU(g_t) * (o_t + a_t)                  selector "silu"; other activations are ablations
+y_t = s(g_t) * o_t + (1 - s(g_t)) * a_t        selector "balance"; s is the sigmoid
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class AdaptiveRankModulator(nn.Module):
         initial_state: State | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, State | None]:
-        """y [B, L, H, D] or [T, H, D] (shapes and state as in `ops.gated_rela`), and the final state."""
+        """y in the shape of q, and the final state where asked for; as in `ops.gated_rela`."""
         balance = self.selector == "balance"
         weight, bias = (None, None) if balance else (self.conv_weight, self.conv_bias)
         inner = initial_state
@@ -164,7 +164,7 @@ class AdaptiveRankModulator(nn.Module):
             start = torch.arange(B, device=v.device) * L
             count = torch.full_like(start, L) if lengths is None else lengths.to(torch.int64)
             sequence = torch.arange(B, device=v.device).repeat_interleave(L)
-            rows = rows.reshape(B * L, -1)
+            rows = rows.reshape(B * L, rows.shape[-1])
         else:
             start, count = cu_seqlens[:-1].to(torch.int64), cu_seqlens.diff().to(torch.int64)
             B = start.shape[0]

@@ -1,4 +1,4 @@
-"""Rotary-enhanced linear attention as a layer: projections around `ops.rela` (paper section 3.2)."""
+"""Rotary-enhanced linear attention as a layer: projections and `ops.rela` (paper section 3.2)."""
 
 from __future__ import annotations
 

@@ -91,6 +91,6 @@ def unpack(data: bytes, dtype: torch.dtype, group: int) -> Tensor:
 def _must_fit(half: Tensor) -> None:
     if bool(half.isinf().any()):
         raise StateError(
-            f"UserState.to_bytes: dtype must hold the state's values, float16 ends at {_HALF_MAX:g}; "
-            "use bfloat16 or float32"
+            "UserState.to_bytes: dtype must hold the state's values, float16 ends at "
+            f"{_HALF_MAX:g}: use bfloat16 or float32"
         )

@@ -1,9 +1,10 @@
-"""Configuration of a RecGRELA model: a validated, immutable record that travels with the weights."""
+"""Configuration of a RecGRELA model: a checked, immutable record that travels with the weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from typing import Any
 
 from ..errors import CheckpointError
@@ -147,20 +148,20 @@ class RecGRELAConfig:
             )
         if self.selector == "balance" and not self.gate:
             raise ValueError("RecGRELAConfig: gate must be True for selector='balance', got False")
-        if self.repeat_share is not None:
-            _require_number("repeat_share", self.repeat_share)
-            _require(0 <= self.repeat_share <= 1, "repeat_share", "lie in [0, 1]", self.repeat_share)
-        if self.id_map_file is not None:
-            name = self.id_map_file
-            plain = isinstance(name, str) and name not in ("", ".", "..") and not set("/\\") & set(name)
+        share, name = self.repeat_share, self.id_map_file
+        if share is not None:
+            _require_number("repeat_share", share)
+            _require(0 <= share <= 1, "repeat_share", "lie in [0, 1]", share)
+        if name is not None:
+            plain = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
             _require(plain, "id_map_file", "be a plain file name", name)
 
     @classmethod
     def paper(cls, n_items: int | None = None, **changes: Any) -> RecGRELAConfig:
         """The published bidirectional model with every published default (paper section 4.1.4).
 
-        Padding takes part in the attention and one-layer models lose their residuals, both as in the
-        published code. Numbers from the paper belong to this configuration, not to the default.
+        Padding takes part in the attention and one-layer models lose their residuals, both as in
+        the published code. Numbers from the paper belong to this configuration, not to the default.
         """
         published: dict[str, Any] = {
             "causal": False,
@@ -232,7 +233,7 @@ class RecGRELAConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RecGRELAConfig:
-        """Read `to_dict`'s output. Raises CheckpointError for another version, unknown or bad fields."""
+        """Read what `to_dict` wrote; CheckpointError for another version, unknown or bad fields."""
         if not isinstance(fields, dict):
             raise CheckpointError(f"config must be a JSON object, got {type(fields).__name__}")
         fields = dict(fields)

@@ -29,7 +29,7 @@ def read_batch(
     item_seq_len: Tensor | None,
     padding_side: str = "right",
 ) -> Batch:
-    """Check one batch and bring it to the right-padded form; values are checked on the CPU alone."""
+    """Check one batch and bring it to right-padded form; values are checked on the CPU alone."""
     if padding_side not in ("right", "left"):
         raise ValueError(f"{caller}: padding_side must be right or left, got {padding_side!r}")
     if item_seq.dim() != 2:
@@ -76,9 +76,8 @@ def _check_values(
         return False
     shortest, longest = (int(x) for x in lengths.aminmax())
     if shortest < 0 or longest > L:
-        raise ValueError(
-            f"{caller}: item_seq_len must lie in 0..{L}, got {shortest if shortest < 0 else longest}"
-        )
+        bad = shortest if shortest < 0 else longest
+        raise ValueError(f"{caller}: item_seq_len must lie in 0..{L}, got {bad}")
     check_ids(caller, "item_seq", config, items)
     if int((items != config.padding_idx).sum()) != int(lengths.sum()):
         row = int(((items == config.padding_idx) & real).any(1).nonzero()[0])
@@ -107,7 +106,9 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
         raise TypeError(f"{caller}: targets must be int64, got {targets.dtype}")
     B, L = batch.items.shape
     if targets.shape not in ((B, L), (B,)):
-        raise ValueError(f"{caller}: targets must be [{B}, {L}] or [{B}], got {list(targets.shape)}")
+        raise ValueError(
+            f"{caller}: targets must be [{B}, {L}] or [{B}], got {list(targets.shape)}"
+        )
     check_ids(caller, "targets", config, targets)
     pad = config.padding_idx
     if targets.dim() == 1:
@@ -141,11 +142,9 @@ def check_packed(caller: str, config: RecGRELAConfig, items: Tensor, cu_seqlens:
         raise ValueError(f"{caller}: cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
     if not values_are_checked(cu_seqlens):
         return
-    ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
-    if ends != (0, items.shape[0]):
-        raise ValueError(
-            f"{caller}: cu_seqlens must run from 0 to T={items.shape[0]}, got {ends[0]} to {ends[1]}"
-        )
+    first, last, T = int(cu_seqlens[0]), int(cu_seqlens[-1]), items.shape[0]
+    if (first, last) != (0, T):
+        raise ValueError(f"{caller}: cu_seqlens must run from 0 to T={T}, got {first} to {last}")
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"{caller}: cu_seqlens must not descend")
     check_ids(caller, "item_ids", config, items)

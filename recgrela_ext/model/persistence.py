@@ -118,9 +118,10 @@ def from_reference(
         layers = max(layers, layer + 1)
         prefix = f"encoder.layers.{layer}."
         if kind == "rotations":
-            max_seq_len = tensor.shape[0]  # the buffer follows from the sizes, only its length counts
+            max_seq_len = tensor.shape[0]  # of this buffer only its length is not known already
         elif part == "attn.conv1d":
-            weights[f"{prefix}modulator.conv_{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
+            taps = tensor.flatten(1) if kind == "weight" else tensor
+            weights[f"{prefix}modulator.conv_{kind}"] = taps
         elif part in _PUBLISHED_BLOCK:
             weights[f"{prefix}{_PUBLISHED_BLOCK[part]}.{kind}"] = tensor
         else:
@@ -150,7 +151,7 @@ def _filled(
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if missing or unknown:
         told = f"lacks {missing[0]}" if missing else f"has {unknown[0]}"
-        raise CheckpointError(f"{source} must hold the weights of its configuration, got one that {told}")
+        raise CheckpointError(f"{source} must hold this configuration's weights, but {told}")
     for name, shape in wanted.items():
         if weights[name].shape != shape:
             raise CheckpointError(

@@ -1,6 +1,6 @@
 """The RecGRELA model (arXiv 2506.13315): item table, GRELA encoder, tied scores.
 
-    x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T
+x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ class RecGRELA(nn.Module):
         """
         if targets is not None:
             return self.loss(item_seq, item_seq_len, targets, padding_side)
-        batch = inputs.read_batch("RecGRELA.forward", self.config, item_seq, item_seq_len, padding_side)
-        return self._last_hidden(batch)
+        return self._last_hidden(self._read("forward", item_seq, item_seq_len, padding_side))
 
     def encode(
         self, item_seq: Tensor, item_seq_len: Tensor | None = None, padding_side: str = "right"
@@ -136,7 +135,7 @@ class RecGRELA(nn.Module):
                 padding between real items (values are checked for tensors on the CPU).
             TypeError: ids that are not integers.
         """
-        batch = inputs.read_batch("RecGRELA.encode", self.config, item_seq, item_seq_len, padding_side)
+        batch = self._read("encode", item_seq, item_seq_len, padding_side)
         hidden = torch.where(batch.real.unsqueeze(-1), self._hidden(batch), 0.0)
         return hidden if batch.shift is None else shift_rows(hidden, -batch.shift)
 
@@ -156,6 +155,12 @@ class RecGRELA(nn.Module):
         inputs.check_packed("RecGRELA.encode_packed", self.config, item_ids, cu_seqlens)
         x = self._embed(item_ids, inputs.packed_positions(item_ids, cu_seqlens, self.config))
         return self.encoder.run(x, cu_seqlens=cu_seqlens)[0]
+
+    def _read(
+        self, caller: str, item_seq: Tensor, item_seq_len: Tensor | None, padding_side: str
+    ) -> inputs.Batch:
+        name = f"RecGRELA.{caller}"
+        return inputs.read_batch(name, self.config, item_seq, item_seq_len, padding_side)
 
     def _hidden(self, batch: inputs.Batch) -> Tensor:
         """[B, L, hidden_size] of right-padded input; rows on padding hold no meaning."""
@@ -212,9 +217,9 @@ class RecGRELA(nn.Module):
         Raises:
             ValueError, TypeError: as `encode`; targets on padding, or a target the model could see.
         """
-        caller, config = "RecGRELA.loss", self.config
-        batch = inputs.read_batch(caller, config, item_seq, item_seq_len, padding_side)
-        targets = inputs.read_targets(caller, config, targets, batch)
+        config = self.config
+        batch = self._read("loss", item_seq, item_seq_len, padding_side)
+        targets = inputs.read_targets("RecGRELA.loss", config, targets, batch)
         table = self.item_embedding.weight
         if targets.dim() == 1:
             hidden, wanted = self._last_hidden(batch), targets
@@ -276,8 +281,7 @@ class RecGRELA(nn.Module):
             ValueError, TypeError: as `encode`; k below 1; candidates that are no rows of the table.
         """
         exclude = self._excludes(exclude_seen)
-        caller = "RecGRELA.recommend"
-        batch = inputs.read_batch(caller, self.config, item_seq, item_seq_len, padding_side)
+        batch = self._read("recommend", item_seq, item_seq_len, padding_side)
         with streaming.evaluating(self):
             hidden = self._last_hidden(batch)
         return self._top_k(hidden, k, batch.items if exclude else None, candidates)
@@ -329,15 +333,15 @@ class RecGRELA(nn.Module):
         Raises:
             ValueError, TypeError: as `encode`; a state of another batch size or model.
         """
-        batch = inputs.read_batch("RecGRELA.prefill", self.config, item_seq, item_seq_len, padding_side)
+        batch = self._read("prefill", item_seq, item_seq_len, padding_side)
         return streaming.prefill(self, batch, chunk_size, state)
 
     @torch.no_grad()
     def step(self, items: Tensor, state: UserState) -> Tensor:
         """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
 
-        The padding item leaves its user untouched and returns the hidden state kept there. Always in
-        evaluation mode. Warns once when a user passes a million events.
+        The padding item leaves its user untouched and returns the hidden state kept there. Always
+        in evaluation mode. Warns once when a user passes a million events.
 
         Raises:
             ValueError, TypeError: wrong shape or type, an id that is no row of the item table, a
@@ -364,7 +368,7 @@ class RecGRELA(nn.Module):
         return self._top_k(state.hidden, k, seen, candidates)
 
     def fingerprint(self) -> bytes:
-        """16 bytes that change with the configuration (its training options apart) and the weights."""
+        """16 bytes that depend on the weights and on the configuration, training options apart."""
         tensors = list(self.state_dict(keep_vars=True).items())
         key = tuple((t.data_ptr(), t._version, t.dtype) for _, t in tensors)
         cached = self.__dict__.get("_fingerprint")

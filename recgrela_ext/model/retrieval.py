@@ -38,8 +38,8 @@ def top_k(
         k: length of the lists, at least 1.
         padding_idx: a row that is never returned as an item.
         seen: item rows to leave out [B, S], filled up with `padding_idx`.
-        candidates: rank these rows alone, [C] for all users or [B, C]; filled up with `padding_idx`,
-            repetitions count once.
+        candidates: rank these rows alone, [C] for all users or [B, C]; filled up with
+            `padding_idx`, repetitions count once.
     """
     _check(hidden, table, k, seen, candidates)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
@@ -134,12 +134,12 @@ class _Ranking:
         return seen.gather(1, place) == items
 
     def _merge(self, scores: Tensor, items: Tensor) -> None:
-        """Items ascend within a chunk and from chunk to chunk: of equal scores the first is kept."""
+        """Items ascend within and between chunks, so that of equal scores the first is kept."""
         columns = _best_columns(scores, self.k)
         chosen = items[columns] if items.dim() == 1 else items.gather(1, columns)
         items = torch.cat((self.best.items, chosen), 1)
         scores = torch.cat((self.best.scores, scores.gather(1, columns)), 1)
-        scores, order = scores.sort(1, descending=True, stable=True)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.best = Recommendations(items.gather(1, order)[:, : self.k], scores[:, : self.k])
 
 
@@ -154,7 +154,7 @@ def _best_columns(scores: Tensor, k: int) -> Tensor:
     tied = ((scores >= least).sum(1) != k) & (least.squeeze(1) != -torch.inf)
     rows = tied.nonzero().squeeze(1)
     if rows.numel():
-        order = scores[rows].sort(1, descending=True, stable=True).indices
+        order = scores[rows].sort(dim=1, descending=True, stable=True).indices
         columns = columns.index_copy(0, rows, order[:, :k])
     return columns.sort(1).values
 

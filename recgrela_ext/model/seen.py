@@ -51,7 +51,7 @@ class SeenItems:
 
     def __getitem__(self, users: int | slice) -> SeenItems:
         if not isinstance(users, (int, slice)):
-            raise TypeError(f"SeenItems: index must be an int or a slice, got {type(users).__name__}")
+            raise TypeError(f"SeenItems: index must be int or slice, got {type(users).__name__}")
         part = SeenItems(0)
         part._users = self._users[users] if isinstance(users, slice) else [self._users[users]]
         return part

@@ -151,7 +151,7 @@ class UserState:
                 raise IndexError(f"UserState: index must be below {len(self)} users, got {users}")
             users = slice(users % len(self), users % len(self) + 1)
         if not isinstance(users, slice):
-            raise TypeError(f"UserState: index must be an int or a slice, got {type(users).__name__}")
+            raise TypeError(f"UserState: index must be int or slice, got {type(users).__name__}")
         return UserState(
             self.buffer[users],
             self.position[users],
@@ -163,7 +163,7 @@ class UserState:
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
-        """One state with the users of all (a copy). ValueError for none, or for different models."""
+        """One state with the users of all (a copy); ValueError for none or different models."""
         if not states:
             raise ValueError("UserState.cat: states must hold at least one state, got none")
         first = states[0]
@@ -197,7 +197,7 @@ class UserState:
         return sum(t.numel() * t.element_size() for t in (self.buffer, self.position, self.hidden))
 
     def advance(self, active: Tensor | int | None, most: int) -> None:
-        """Count new events: `active` (int64 or bool [B]) per user, None = one each; at most `most`."""
+        """Count new events: `active` [B] per user (None: one each), `most` at the most."""
         self.position += 1 if active is None else active
         self._clock.advance(most)
 

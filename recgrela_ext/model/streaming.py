@@ -104,15 +104,17 @@ def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
         raise TypeError(f"{caller}: items must be int64 or int32, got {items.dtype}")
     check_state(model, caller, state, items.shape[0])
     inputs.check_ids(caller, "items", config, items)
-    active: Tensor | None = items != config.padding_idx
-    if inputs.values_are_checked(items) and bool(active.all()):
-        active = None
+    real = items != config.padding_idx
+    everyone = inputs.values_are_checked(items) and bool(real.all())
+    active = None if everyone else real
     positions = None if config.position == "none" else state.position
     with evaluating(model):
         hidden = model.encoder.step(model._embed(items, positions), state.layers, active)
     if active is not None:
-        hidden = torch.where(active.unsqueeze(-1), hidden, state.hidden.to(hidden.dtype))
-        state.hidden.copy_(torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden))
+        # The user's own row is kept as it is: a cast to the model's dtype and back would round it.
+        kept = torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden)
+        hidden = kept.to(hidden.dtype)
+        state.hidden.copy_(kept)
     else:
         state.hidden.copy_(hidden)
     state.advance(active, 1)
