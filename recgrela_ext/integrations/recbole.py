@@ -1,0 +1,87 @@
+"""RecGRELA as a RecBole 1.2.1 sequential model.
+
+    config = Config(model=RecGRELA, dataset="ml-100k", config_dict={"mode": "causal", ...})
+
+Keys of the published YAML: ``hidden_size``, ``num_heads``, ``num_layers``, ``dropout_prob``,
+``drop_path``, ``loss_type`` (CE or BPR; CE needs ``train_neg_sample_args: ~``). ``mode: causal`` is
+this project's variant and the default, ``mode: paper`` the published bidirectional model. RecBole
+pads on the right and feeds one prefix per row: the last real position is trained and read.
+
+RecBole's trainer unpickles its own checkpoints and needs TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for
+that; ``integrations.published`` reads them without running anything they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.model.loss import BPRLoss
+from torch import Tensor
+
+from recgrela_ext import RecGRELA as Model
+from recgrela_ext import RecGRELAConfig
+
+_KEYS = {"dropout_prob": "dropout"}
+_KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}
+
+
+class RecGRELA(SequentialRecommender):
+    """The model behind RecBole's three methods.
+
+    Raises:
+        ValueError: ``mode`` or ``loss_type`` is unknown, or a size cannot work.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        mode, self.loss_type = config["mode"] or "causal", config["loss_type"] or "CE"
+        if mode not in ("causal", "paper"):
+            raise ValueError(f"RecGRELA: mode must be causal or paper, got {mode!r}")
+        if self.loss_type not in ("CE", "BPR"):
+            raise ValueError(f"RecGRELA: loss_type must be CE or BPR, got {self.loss_type!r}")
+        options = {name: config[key] for key, name in _KEYS.items() if config[key] is not None}
+        make = RecGRELAConfig.paper if mode == "paper" else RecGRELAConfig
+        options["max_seq_len"] = self.max_seq_length
+        self.model = Model(make(n_items=self.n_items, **options))
+        self.bpr = BPRLoss()
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Hidden state ``[B, hidden]`` at the last real item of ``item_seq [B, L]``."""
+        return self.model(item_seq, item_seq_len)
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Mean cross-entropy over all items, or BPR, of one target per row."""
+        item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        positive = interaction[self.POS_ITEM_ID]
+        if self.loss_type == "BPR":
+            hidden = self.forward(item_seq, item_seq_len)
+            negative = interaction[self.NEG_ITEM_ID]
+            return self.bpr(self._dot(hidden, positive), self._dot(hidden, negative))
+        targets = torch.full_like(item_seq, self.model.config.padding_idx)
+        targets.scatter_(1, (item_seq_len - 1)[:, None], positive[:, None])
+        return self.model.loss(item_seq, item_seq_len, targets)
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of the rows' own items."""
+        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return self._dot(hidden, interaction[self.ITEM_ID])
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B, n_items]`` of all items."""
+        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return self.model.scores(hidden)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Own weights, or those of the published implementation (``mode: paper`` alone)."""
+        if not any(name.startswith("model.") for name in state_dict):
+            if self.model.config.causal:
+                raise ValueError("RecGRELA: mode must be paper for published weights, got causal")
+            published = Model.from_reference(state_dict, num_heads=self.model.config.num_heads)
+            state_dict = {f"model.{name}": value for name, value in published.state_dict().items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _dot(self, hidden: Tensor, items: Tensor) -> Tensor:
+        return (hidden * self.model.item_embedding(items)).sum(dim=-1)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+import pytest
+import torch
+
+from recgrela_ext.errors import CheckpointError
+from recgrela_ext.integrations.published import published_state_dict
+
+WEIGHTS = {"item_embedding.weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(2)}
+
+
+class Settings:
+    """Stands for the configuration object that RecBole pickles into its checkpoints."""
+
+    touched = False
+
+    def __init__(self) -> None:
+        self.values = {"device": torch.device("cpu"), "kind": Kind.FIRST, "model": Settings}
+
+    def __setstate__(self, state: object) -> None:
+        Settings.touched = True
+
+
+class Kind(enum.Enum):
+    FIRST = 1
+
+
+def test_weights_of_a_recbole_checkpoint(tmp_path: Path) -> None:
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    checkpoint = {
+        "config": Settings(),
+        "epoch": 3,
+        "state_dict": WEIGHTS,
+        "other_parameter": None,
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(checkpoint, tmp_path / "model.pth", pickle_protocol=4)
+    Settings.touched = False
+    found = published_state_dict(tmp_path / "model.pth")
+    assert list(found) == list(WEIGHTS)
+    assert all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+    assert not Settings.touched
+
+
+def test_plain_state_dict(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    assert torch.equal(published_state_dict(tmp_path / "model.pth")["bias"], torch.ones(2))
+
+
+class Trap:
+    """Would create a file on an ordinary unpickling."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_checkpoint_runs(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(
+        {"config": Trap(tmp_path / "ran"), "state_dict": WEIGHTS},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
+    assert torch.equal(published_state_dict(path)["bias"], torch.ones(2))
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()  # so the trap works
+
+
+def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
+    whole, torn, other = (tmp_path / name for name in ("whole.pth", "torn.pth", "other.pth"))
+    torch.save(WEIGHTS, whole)
+    torn.write_bytes(whole.read_bytes()[:300])
+    torch.save({"state_dict": {"epoch": 3}}, other)
+    text = tmp_path / "text.pth"
+    text.write_text("no checkpoint", encoding="utf-8")
+    for path in (tmp_path / "absent.pth", torn, other, text):
+        with pytest.raises(CheckpointError, match="published_state_dict") as caught:
+            published_state_dict(path)
+        assert "\n" not in str(caught.value)
+        assert path.name in str(caught.value)

@@ -1,0 +1,167 @@
+"""RecBole 1.2.1 trains and evaluates the adapter; it needs an environment of its own:
+
+pip install torch, then "numpy<2" "setuptools<81" "pandas<3" recbole==1.2.1
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recgrela_ext.data.sequences import Sequences, Targets
+from recgrela_ext.evaluation import evaluate
+from recgrela_ext.integrations.published import published_state_dict
+
+pytest.importorskip(
+    "recbole", reason="RecBole is not installed (it needs an environment of its own)"
+)
+
+MODES = ("causal", "paper")
+
+
+@pytest.fixture(scope="module")
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 users who walk through 30 items, as RecBole's atomic file."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(1, 41):
+        walk = (user + np.cumsum(rng.integers(1, 3, rng.integers(5, 12)))) % 30 + 1
+        lines += [f"{user}\t{item}\t{time}" for time, item in enumerate(walk)]
+    (folder / "walks").mkdir()
+    (folder / "walks" / "walks.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recbole_run(log_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)  # RecBole writes log folders where it stands
+    monkeypatch.setattr("sys.argv", ["recbole"])
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+    def prepare(**changes: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+        from recbole.config import Config
+        from recbole.data import create_dataset, data_preparation
+        from recbole.trainer import Trainer
+        from recbole.utils import init_seed
+
+        from recgrela_ext.integrations.recbole import RecGRELA
+
+        settings = {
+            "data_path": str(log_folder),
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "MAX_ITEM_LIST_LENGTH": 8,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "num_layers": 2,
+            "loss_type": "CE",
+            "train_neg_sample_args": None,
+            "epochs": 3,
+            "learning_rate": 0.01,
+            "train_batch_size": 64,
+            "eval_args": {
+                "split": {"LS": "valid_and_test"},
+                "order": "TO",
+                "group_by": "user",
+                "mode": "full",
+            },
+            "metrics": ["Hit", "NDCG", "MRR"],
+            "topk": [5, 10],
+            "valid_metric": "NDCG@10",
+            "use_gpu": False,
+            "checkpoint_dir": str(tmp_path / "saved"),
+            **changes,
+        }
+        config = Config(model=RecGRELA, dataset="walks", config_dict=settings)
+        init_seed(config["seed"], config["reproducibility"])
+        data = data_preparation(config, create_dataset(config))
+        model = RecGRELA(config, data[0].dataset)
+        return Trainer(config, model), model, data
+
+    return prepare
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recbole_trains_and_its_metrics_are_ours(recbole_run: Any, mode: str) -> None:
+    trainer, model, (train, valid, test) = recbole_run(mode=mode)
+    trainer.fit(train, valid, verbose=False, show_progress=False)
+    losses = list(trainer.train_loss_dict.values())
+    assert losses[-1] < losses[0]
+    recbole = trainer.evaluate(test, load_best_model=True, show_progress=False)
+
+    rows = test.dataset.inter_feat
+    histories = [
+        [*items[:length].tolist(), int(target)]
+        for items, length, target in zip(
+            rows["item_id_list"], rows["item_length"], rows["item_id"], strict=True
+        )
+    ]
+    targets = Targets.last_of(Sequences.from_lists(histories, model.n_items - 1))
+    ours = evaluate(model.model, targets, baselines={}, bootstrap=0)["mean"]
+    assert {name: round(ours[name], 4) for name in recbole} == dict(recbole)
+
+    weights = published_state_dict(trainer.saved_model_file)
+    assert all(name.startswith("model.") for name in weights)
+
+
+def test_bpr_trains(recbole_run: Any) -> None:
+    sampled = {"distribution": "uniform", "sample_num": 1}
+    trainer, _, (train, _, _) = recbole_run(loss_type="BPR", train_neg_sample_args=sampled)
+    trainer.fit(train, None, verbose=False, saved=False, show_progress=False)
+    losses = list(trainer.train_loss_dict.values())
+    assert losses[-1] < losses[0]
+
+
+def test_prediction_is_a_column_of_the_full_scores(recbole_run: Any) -> None:
+    _, model, (train, _, _) = recbole_run()
+    batch = next(iter(train))
+    model.eval()
+    scores = model.full_sort_predict(batch)
+    assert scores.shape == (len(batch), model.n_items)
+    chosen = scores.gather(1, batch["item_id"][:, None])[:, 0]
+    torch.testing.assert_close(model.predict(batch), chosen)
+
+
+def test_published_weights_are_read(recbole_run: Any, golden_dir: Path) -> None:
+    from safetensors.torch import load_file
+
+    golden = load_file(golden_dir / "model_right_padded.safetensors")
+    published = {
+        name.removeprefix("param/"): value
+        for name, value in golden.items()
+        if name.startswith("param/")
+    }
+    _, model, _ = recbole_run()
+    with pytest.raises(ValueError, match="mode must be paper for published weights, got causal"):
+        model.load_state_dict(published)
+    n_items, hidden = published["item_embedding.weight"].shape
+    layers = 1 + max(int(name.split(".")[1]) for name in published if "block" in name)
+    from recgrela_ext import RecGRELA, RecGRELAConfig
+
+    _, model, _ = recbole_run(mode="paper", num_layers=layers, hidden_size=hidden)
+    config = RecGRELAConfig.paper(
+        n_items=n_items, num_layers=layers, hidden_size=hidden, num_heads=2
+    )
+    model.model = RecGRELA(config).double()  # the golden catalogue instead of the log's
+    model.load_state_dict(published)
+    model.eval()
+    inter = {"item_id_list": golden["item_seq"], "item_length": golden["item_seq_len"]}
+    torch.testing.assert_close(
+        model.full_sort_predict(inter), golden["scores"], rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"mode": "both"}, "mode must be causal or paper, got 'both'"),
+        ({"loss_type": "MSE"}, "loss_type must be CE or BPR, got 'MSE'"),
+    ],
+)
+def test_unknown_settings(recbole_run: Any, changes: dict[str, str], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        recbole_run(**changes)
