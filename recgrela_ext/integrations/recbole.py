@@ -79,7 +79,9 @@ class RecGRELA(SequentialRecommender):
         if not any(name.startswith("model.") for name in state_dict):
             if self.model.config.causal:
                 raise ValueError("RecGRELA: mode must be paper for published weights, got causal")
-            published = Model.from_reference(state_dict, num_heads=self.model.config.num_heads)
+            published = Model.from_reference(
+                dict(state_dict), num_heads=self.model.config.num_heads
+            )
             state_dict = {f"model.{name}": value for name, value in published.state_dict().items()}
         return super().load_state_dict(state_dict, *args, **kwargs)
 

@@ -127,9 +127,15 @@ def test_prediction_is_a_column_of_the_full_scores(recbole_run: Any) -> None:
 
 
 def test_published_weights_are_read(recbole_run: Any, golden_dir: Path) -> None:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    golden = load_file(golden_dir / "model_right_padded.safetensors")
+    from recgrela_ext import RecGRELA, RecGRELAConfig
+
+    with safe_open(golden_dir / "model_right_padded.safetensors", "pt") as file:
+        golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sizes = {
+            name: int(file.metadata()[name]) for name in ("num_layers", "num_heads", "hidden_size")
+        }
     published = {
         name.removeprefix("param/"): value
         for name, value in golden.items()
@@ -138,15 +144,11 @@ def test_published_weights_are_read(recbole_run: Any, golden_dir: Path) -> None:
     _, model, _ = recbole_run()
     with pytest.raises(ValueError, match="mode must be paper for published weights, got causal"):
         model.load_state_dict(published)
-    n_items, hidden = published["item_embedding.weight"].shape
-    layers = 1 + max(int(name.split(".")[1]) for name in published if "block" in name)
-    from recgrela_ext import RecGRELA, RecGRELAConfig
 
-    _, model, _ = recbole_run(mode="paper", num_layers=layers, hidden_size=hidden)
-    config = RecGRELAConfig.paper(
-        n_items=n_items, num_layers=layers, hidden_size=hidden, num_heads=2
-    )
-    model.model = RecGRELA(config).double()  # the golden catalogue instead of the log's
+    _, model, _ = recbole_run(mode="paper", **sizes)
+    # The golden catalogue in place of the log's.
+    config = RecGRELAConfig.paper(n_items=len(published["item_embedding.weight"]), **sizes)
+    model.model = RecGRELA(config).double()
     model.load_state_dict(published)
     model.eval()
     inter = {"item_id_list": golden["item_seq"], "item_length": golden["item_seq_len"]}
