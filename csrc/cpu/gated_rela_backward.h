@@ -47,75 +47,62 @@ void transpose(const A* from, A* to, int64_t D, int64_t Dp) {
   }
 }
 
-// From dy to dgate, dpre, dnum and dden, row by row.
+// From dy to dgate, dpre, dnum and dden. On entry num holds o and augmented the pre-activation.
 template <class A>
 void differentiate_rows(BackwardTile<A>& w, const GatedRelaParams& p) {
   using V = Vec<A>;
-  const int64_t Dp = w.tile.Dp;
-  for (int t = 0; t < w.tile.n; ++t) {
-    const int64_t row = t * Dp;
-    const A scale = A(1) / w.tile.den[t];
-    A* __restrict dnum = w.dnum + row;
-    A* __restrict dpre = w.dpre + row;
-    A* __restrict num = w.tile.num + row;
-    const A* __restrict dy = w.dy + row;
-    for (int64_t d = 0; d < Dp; ++d) num[d] *= scale;  // o
-    if (p.gate.data) {
-      A* __restrict dgate = w.dgate + row;
-      const A* __restrict gate = w.gate + row;
-      const A* __restrict pre = w.tile.augmented + row;
-      for (int64_t d = 0; d < Dp; ++d) {
-        const A s = sigmoid(gate[d]);
-        const A a = p.conv_weight ? pre[d] * sigmoid(pre[d]) : A(0);
-        dgate[d] = dy[d] * (num[d] + a) * (s * (A(1) + gate[d] * (A(1) - s)));
-        dnum[d] = dy[d] * (gate[d] * s);
-      }
-    } else {
-      for (int64_t d = 0; d < Dp; ++d) dnum[d] = dy[d];
-    }
+  Tile<A>& tile = w.tile;
+  const int64_t nv = tile.Dp / kLanes<A>, count = tile.n * tile.Dp;
+  V* dnum = reinterpret_cast<V*>(w.dnum);
+  const V* out = reinterpret_cast<const V*>(tile.num);
+  if (p.gate.data) {
+    A* sum = w.dphi;  // o + a; dphi itself comes later
+    __builtin_memcpy(sum, tile.num, std::size_t(count) * sizeof(A));
+    if (p.conv_weight) add_silu(sum, tile.augmented, count);
+    differentiate_gate(w.dgate, w.dnum, w.dy, sum, w.gate, count);
+  } else {
+    __builtin_memcpy(w.dnum, w.dy, std::size_t(count) * sizeof(A));
+  }
+  if (p.conv_weight) differentiate_silu(w.dpre, w.dnum, tile.augmented, count);
+  for (int t = 0; t < tile.n; ++t) {
+    const A scale = A(1) / tile.den[t];
     V dot = {};
-    for (int64_t m = 0; m < Dp / kLanes<A>; ++m) {
-      dot += reinterpret_cast<const V*>(dnum)[m] * reinterpret_cast<const V*>(num)[m];
+    for (int64_t m = t * nv; m < (t + 1) * nv; ++m) {
+      dot += dnum[m] * out[m];
+      dnum[m] *= scale;
     }
     w.dden[t] = -sum_lanes(dot) * scale;
-    if (p.conv_weight) {
-      const A* __restrict pre = w.tile.augmented + row;
-      for (int64_t d = 0; d < Dp; ++d) {
-        const A s = sigmoid(pre[d]);
-        dpre[d] = dnum[d] * (s * (A(1) + pre[d] * (A(1) - s)));
-      }
-    }
-    for (int64_t d = 0; d < Dp; ++d) dnum[d] *= scale;
   }
 }
 
 template <class A>
 void backward_queries(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                      int64_t h, int64_t t0, int64_t position) {
+                      int64_t h, int64_t t0) {
+  using V = Vec<A>;
   Tile<A>& tile = w.tile;
   const GatedRelaParams& f = p.forward;
   const int64_t D = f.D, Dp = tile.Dp;
   // S_t dnum_t with S transposed: rows are value dims, lanes are keys.
   scan<A, false>(tile.values + (f.W - 1) * Dp, tile.rot_k, w.dnum, w.transposed, w.drot, tile.n, D);
-  rotate_rows(w.drot, w.dphi, tile.n, Dp, D, f.inv_freq + h * D / 2,
-              f.step_rotation + h * kChunk * D, position, -1.0);
-  A* __restrict z = w.k_sum_start;
+  rotate_rows<true>(tile, w.drot, w.dphi);
+  const int64_t nv = Dp / kLanes<A>;
+  V* z = reinterpret_cast<V*>(w.k_sum_start);
+  V* dphi = reinterpret_cast<V*>(w.dphi);
+  const V* phi_k = reinterpret_cast<const V*>(tile.phi_k);
   for (int t = 0; t < tile.n; ++t) {
-    A* __restrict dphi = w.dphi + t * Dp;
-    const A* __restrict phi_q = tile.phi_q + t * Dp;
-    const A* __restrict phi_k = tile.phi_k + t * Dp;
-    for (int64_t d = 0; d < D; ++d) {
-      z[d] += phi_k[d];
-      const A slope = phi_q[d] < A(1) ? phi_q[d] : A(1);
-      dphi[d] = (dphi[d] + w.dden[t] * z[d]) * slope;
+    for (int64_t m = 0; m < nv; ++m) {
+      z[m] += phi_k[t * nv + m];
+      dphi[t * nv + m] += w.dden[t] * z[m];
     }
   }
+  scale_by_slope(w.dphi, tile.phi_q, tile.n * Dp);
   store_keys(w.dphi, Dp, p.dq, f.dtype, span, t0, tile.n, h, D);
 }
 
 template <class A>
 void backward_keys(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                   int64_t h, int64_t t0, int64_t position) {
+                   int64_t h, int64_t t0) {
+  using V = Vec<A>;
   Tile<A>& tile = w.tile;
   const GatedRelaParams& f = p.forward;
   const int64_t D = f.D, Dp = tile.Dp;
@@ -123,40 +110,42 @@ void backward_keys(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const S
   transpose(w.later, w.transposed, D, Dp);
   scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, w.drot, tile.n, D);      // T_t v_t
   scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later, w.dvalues, tile.n, D);    // T_t^T R phi(k_t)
-  rotate_rows(w.drot, w.dphi, tile.n, Dp, D, f.inv_freq + h * D / 2,
-              f.step_rotation + h * kChunk * D, position, -1.0);
-  A* __restrict y = w.later_sum;
+  rotate_rows<true>(tile, w.drot, w.dphi);
+  const int64_t nv = Dp / kLanes<A>;
+  V* y = reinterpret_cast<V*>(w.later_sum);
+  V* dphi = reinterpret_cast<V*>(w.dphi);
+  const V* phi_q = reinterpret_cast<const V*>(tile.phi_q);
   for (int t = tile.n - 1; t >= 0; --t) {
-    A* __restrict dphi = w.dphi + t * Dp;
-    const A* __restrict phi_q = tile.phi_q + t * Dp;
-    const A* __restrict phi_k = tile.phi_k + t * Dp;
-    for (int64_t d = 0; d < D; ++d) {
-      y[d] += w.dden[t] * phi_q[d];
-      const A slope = phi_k[d] < A(1) ? phi_k[d] : A(1);
-      dphi[d] = (dphi[d] + y[d]) * slope;
+    for (int64_t m = 0; m < nv; ++m) {
+      y[m] += w.dden[t] * phi_q[t * nv + m];
+      dphi[t * nv + m] += y[m];
     }
   }
+  scale_by_slope(w.dphi, tile.phi_k, tile.n * Dp);
   store_keys(w.dphi, Dp, p.dk, f.dtype, span, t0, tile.n, h, D);
 }
 
 // pre_t = bias + sum_j weight_j v_{t-W+1+j}, so v_t feeds pre_{t+W-1-j} through weight_j.
 template <class A>
 void backward_conv(BackwardTile<A>& w, const GatedRelaParams& p) {
-  const int64_t Dp = w.tile.Dp, W = p.W;
-  for (int t = 0; t < w.tile.n; ++t) {
-    A* __restrict dv = w.dvalues + t * Dp;
-    const A* __restrict dpre = w.dpre + t * Dp;
+  using V = Vec<A>;
+  const int64_t nv = w.tile.Dp / kLanes<A>, W = p.W;
+  V* dv = reinterpret_cast<V*>(w.dvalues);
+  const V* dpre = reinterpret_cast<const V*>(w.dpre);
+  const V* values = reinterpret_cast<const V*>(w.tile.values);
+  for (int64_t m = 0; m < nv; ++m) {
     for (int64_t j = 0; j < W; ++j) {
-      const A* __restrict weight = w.tile.weight + j * Dp;
-      const A* __restrict later = w.dpre + (t + W - 1 - j) * Dp;
-      const A* __restrict value = w.tile.values + (t + j) * Dp;
-      A* __restrict dweight = w.dweight + j * Dp;
-      for (int64_t d = 0; d < Dp; ++d) {
-        dv[d] += weight[d] * later[d];
-        dweight[d] += dpre[d] * value[d];
+      const V weight = reinterpret_cast<const V*>(w.tile.weight)[j * nv + m];
+      V dweight = {};
+      for (int t = 0; t < w.tile.n; ++t) {
+        dv[t * nv + m] += weight * dpre[(t + W - 1 - j) * nv + m];
+        dweight += dpre[t * nv + m] * values[(t + j) * nv + m];
       }
+      reinterpret_cast<V*>(w.dweight)[j * nv + m] += dweight;
     }
-    for (int64_t d = 0; d < Dp; ++d) w.dbias[d] += dpre[d];
+    V dbias = {};
+    for (int t = 0; t < w.tile.n; ++t) dbias += dpre[t * nv + m];
+    reinterpret_cast<V*>(w.dbias)[m] += dbias;
   }
 }
 
@@ -226,13 +215,14 @@ void backward_chunk(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const 
   stage(tile, f, span, b, h, t0, n);
   scan<A, false>(tile.rot_k, tile.values + past * Dp, tile.rot_q, tile.kv, tile.num, n, D);
   normalise(tile, position + 1, f.eps);
+  divide(tile);
   if (f.conv_weight) convolve(tile);
   if (f.gate.data) load_rows(w.gate, Dp, f.gate, f.dtype, span, t0, n, h, D);
   load_rows(w.dy, Dp, p.grad_out, f.dtype, span, t0, n, h, D);
   differentiate_rows(w, f);
   if (f.gate.data) store_rows(w.dgate, Dp, p.dgate, f.dtype, span, t0, n, h, D);
-  backward_queries(w, p, span, h, t0, position);
-  backward_keys(w, p, span, h, t0, position);
+  backward_queries(w, p, span, h, t0);
+  backward_keys(w, p, span, h, t0);
   if (f.conv_weight) backward_conv(w, f);
   add_grad_final_conv(w, p, span, b, h, t0);
   store_rows(w.dvalues, Dp, p.dv, f.dtype, span, t0, n, h, D);

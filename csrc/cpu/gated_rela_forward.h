@@ -1,24 +1,5 @@
 // gated_rela forward: y = SiLU(gate) * (num / den + SiLU(conv(v))). Included by every level file.
 
-template <class A>
-void finish_rows(Tile<A>& tile, const GatedRelaParams& p, A* gate) {
-  const int64_t Dp = tile.Dp;
-  for (int t = 0; t < tile.n; ++t) {
-    A* __restrict out = tile.num + t * Dp;
-    const A* __restrict pre = tile.augmented + t * Dp;
-    const A* __restrict g = gate + t * Dp;
-    const A scale = A(1) / tile.den[t];
-    if (p.conv_weight) {
-      for (int64_t d = 0; d < Dp; ++d) out[d] = out[d] * scale + pre[d] * sigmoid(pre[d]);
-    } else {
-      for (int64_t d = 0; d < Dp; ++d) out[d] *= scale;
-    }
-    if (p.gate.data) {
-      for (int64_t d = 0; d < Dp; ++d) out[d] *= g[d] * sigmoid(g[d]);
-    }
-  }
-}
-
 // The last W - 1 values of the history, items of the initial state included.
 template <class A>
 void store_last_values(const GatedRelaParams& p, const Span& span, int64_t b, int64_t h,
@@ -54,9 +35,15 @@ void forward_one(const GatedRelaParams& p, int64_t b, int64_t h, Tile<A>& tile, 
     stage(tile, p, span, b, h, t0, n);
     scan<A, false>(tile.rot_k, tile.values + (p.W - 1) * Dp, tile.rot_q, tile.kv, tile.num, n, D);
     normalise(tile, position + t0 + 1, p.eps);
-    if (p.conv_weight) convolve(tile);
-    if (p.gate.data) load_rows(gate, Dp, p.gate, p.dtype, span, t0, n, h, D);
-    finish_rows(tile, p, gate);
+    divide(tile);
+    if (p.conv_weight) {
+      convolve(tile);
+      add_silu(tile.num, tile.augmented, n * Dp);
+    }
+    if (p.gate.data) {
+      load_rows(gate, Dp, p.gate, p.dtype, span, t0, n, h, D);
+      scale_by_silu(tile.num, gate, n * Dp);
+    }
     store_rows(tile.num, Dp, p.out, p.dtype, span, t0, n, h, D);
   }
   if (p.lengths) zero_rows<A>(p.out, p.dtype, span, span.length, p.L, h, D);

@@ -11,6 +11,55 @@ template <class A>
 constexpr int kLanes = 64 / sizeof(A);
 
 #define RECGRELA_INLINE inline __attribute__((always_inline))
+#define RECGRELA_NOINLINE __attribute__((noinline))
+
+// The same vector at an address that is only aligned for its elements.
+template <class A>
+struct UnalignedOf {
+  typedef A type __attribute__((vector_size(64), aligned(sizeof(A)), may_alias));
+};
+
+template <class A>
+RECGRELA_INLINE Vec<A> load_vector(const A* from) {
+  return *reinterpret_cast<const typename UnalignedOf<A>::type*>(from);
+}
+template <class A>
+RECGRELA_INLINE void store_vector(Vec<A> x, A* to) {
+  *reinterpret_cast<typename UnalignedOf<A>::type*>(to) = x;
+}
+
+// Two vectors of neighbouring pairs -> their even members, their odd members; and back.
+RECGRELA_INLINE Vec<float> even_lanes(Vec<float> x, Vec<float> y) {
+  return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+RECGRELA_INLINE Vec<float> odd_lanes(Vec<float> x, Vec<float> y) {
+  return __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+RECGRELA_INLINE Vec<float> interleave_low(Vec<float> even, Vec<float> odd) {
+  return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+RECGRELA_INLINE Vec<float> interleave_high(Vec<float> even, Vec<float> odd) {
+  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+}
+// One vector of 8 pairs -> [even members | odd members], and back.
+RECGRELA_INLINE Vec<float> split_pairs(Vec<float> x) {
+  return __builtin_shufflevector(x, x, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+RECGRELA_INLINE Vec<float> join_pairs(Vec<float> x) {
+  return __builtin_shufflevector(x, x, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+RECGRELA_INLINE Vec<float> swap_halves(Vec<float> x) {
+  return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// Eight doubles, rounded to A.
+template <class A>
+RECGRELA_INLINE void store_eight(Vec<double> x, A* to) {
+  typedef A Eight __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
+  const Eight rounded = __builtin_convertvector(x, Eight);
+  *reinterpret_cast<Eight*>(to) = rounded;
+}
 
 RECGRELA_INLINE float sum_lanes(Vec<float> x) {
   typedef float Vec8 __attribute__((vector_size(32)));
@@ -65,6 +114,50 @@ template <class A>
 RECGRELA_INLINE A feature_map(A x) {
   const A e = exp_clamped(x);
   return x > A(0) ? x + A(1) : e;
+}
+
+// Whole-tile loops: long, over one stretch of memory each, so that the compiler vectorises them at
+// every level (its own vector types have no fast select below AVX-512).
+
+// x = phi(x)
+template <class A>
+RECGRELA_NOINLINE void map_features(A* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = feature_map(x[i]);
+}
+// x = min(x, 1), the slope of phi where x is phi.
+template <class A>
+RECGRELA_NOINLINE void scale_by_slope(A* __restrict x, const A* __restrict phi, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] *= phi[i] < A(1) ? phi[i] : A(1);
+}
+// out += SiLU(pre)
+template <class A>
+RECGRELA_NOINLINE void add_silu(A* __restrict out, const A* __restrict pre, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] += pre[i] * sigmoid(pre[i]);
+}
+// out *= SiLU(gate)
+template <class A>
+RECGRELA_NOINLINE void scale_by_silu(A* __restrict out, const A* __restrict gate, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] *= gate[i] * sigmoid(gate[i]);
+}
+// y = SiLU(gate) * o:  dgate = dy * o * SiLU'(gate),  d(o) = dy * SiLU(gate)
+template <class A>
+RECGRELA_NOINLINE void differentiate_gate(A* __restrict dgate, A* __restrict d_o,
+                                          const A* __restrict dy, const A* __restrict o,
+                                          const A* __restrict gate, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A s = sigmoid(gate[i]);
+    dgate[i] = dy[i] * o[i] * (s * (A(1) + gate[i] * (A(1) - s)));
+    d_o[i] = dy[i] * (gate[i] * s);
+  }
+}
+// a = SiLU(pre):  dpre = da * SiLU'(pre)
+template <class A>
+RECGRELA_NOINLINE void differentiate_silu(A* __restrict dpre, const A* __restrict da,
+                                          const A* __restrict pre, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A s = sigmoid(pre[i]);
+    dpre[i] = da[i] * (s * (A(1) + pre[i] * (A(1) - s)));
+  }
 }
 
 struct BFloat16 {

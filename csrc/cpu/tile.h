@@ -10,6 +10,7 @@ struct Tile {
   int64_t D, Dp, W;
   A *phi_q, *phi_k;       // [kChunk, Dp]
   A *rot_q, *rot_k;       // [kChunk, Dp]
+  A *cosines, *sines;     // [kChunk, Dp], see fill_rotation
   A* values;              // [W-1 + kChunk, Dp]: row t + W - 1 is v_t
   A* num;                 // [kChunk, Dp], then o
   A* den;                 // [kChunk]
@@ -62,7 +63,8 @@ void lay_out(Tile<A>& tile, Scratch& scratch, const GatedRelaParams& p) {
   tile.Dp = padded<A>(p.D);
   tile.W = p.W;
   const int64_t chunk = kChunk * tile.Dp;
-  for (A** rows : {&tile.phi_q, &tile.phi_k, &tile.rot_q, &tile.rot_k, &tile.num, &tile.augmented}) {
+  for (A** rows : {&tile.phi_q, &tile.phi_k, &tile.rot_q, &tile.rot_k, &tile.cosines, &tile.sines,
+                   &tile.num, &tile.augmented}) {
     *rows = scratch.take<A>(chunk);
   }
   tile.values = scratch.take<A>((tile.W - 1) * tile.Dp + chunk);
@@ -97,7 +99,13 @@ void load_rows(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype, con
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
       const S* __restrict from = row_at<const S>(rows, span, t0 + t, h);
-      for (int64_t d = 0; d < D; ++d) dst[t * Dp + d] = widen(from[d]);
+      if (std::is_same_v<S, A> && D == Dp) {
+        for (int64_t d = 0; d < D; d += kLanes<A>) {
+          store_vector(load_vector(reinterpret_cast<const A*>(from) + d), dst + t * Dp + d);
+        }
+      } else {
+        for (int64_t d = 0; d < D; ++d) dst[t * Dp + d] = widen(from[d]);
+      }
     }
   });
 }
@@ -113,6 +121,20 @@ void load_keys(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype, con
       const S* __restrict from = row_at<const S>(rows, span, t0 + t, h);
       A* __restrict even = dst + t * Dp;
       A* __restrict odd = even + pairs;
+      if constexpr (std::is_same_v<S, float>) {
+        if (D == 16) {
+          store_vector(split_pairs(load_vector(from)), even);
+          continue;
+        }
+        if (D % 32 == 0) {
+          for (int64_t i = 0; i < pairs; i += 16) {
+            const Vec<float> x = load_vector(from + 2 * i), y = load_vector(from + 2 * i + 16);
+            store_vector(even_lanes(x, y), even + i);
+            store_vector(odd_lanes(x, y), odd + i);
+          }
+          continue;
+        }
+      }
       for (int64_t i = 0; i < pairs; ++i) {
         even[i] = widen(from[2 * i]);
         odd[i] = widen(from[2 * i + 1]);
@@ -128,7 +150,13 @@ void store_rows(const A* __restrict src, int64_t Dp, const Rows& rows, DType dty
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
       S* __restrict to = row_at<S>(rows, span, t0 + t, h);
-      for (int64_t d = 0; d < D; ++d) narrow(src[t * Dp + d], to + d);
+      if (std::is_same_v<S, A> && D == Dp) {
+        for (int64_t d = 0; d < D; d += kLanes<A>) {
+          store_vector(load_vector(src + t * Dp + d), reinterpret_cast<A*>(to) + d);
+        }
+      } else {
+        for (int64_t d = 0; d < D; ++d) narrow(src[t * Dp + d], to + d);
+      }
     }
   });
 }
@@ -143,6 +171,20 @@ void store_keys(const A* __restrict src, int64_t Dp, const Rows& rows, DType dty
       S* __restrict to = row_at<S>(rows, span, t0 + t, h);
       const A* __restrict even = src + t * Dp;
       const A* __restrict odd = even + pairs;
+      if constexpr (std::is_same_v<S, float>) {
+        if (D == 16) {
+          store_vector(join_pairs(load_vector(even)), to);
+          continue;
+        }
+        if (D % 32 == 0) {
+          for (int64_t i = 0; i < pairs; i += 16) {
+            const Vec<float> x = load_vector(even + i), y = load_vector(odd + i);
+            store_vector(interleave_low(x, y), to + 2 * i);
+            store_vector(interleave_high(x, y), to + 2 * i + 16);
+          }
+          continue;
+        }
+      }
       for (int64_t i = 0; i < pairs; ++i) {
         narrow(even[i], to + 2 * i);
         narrow(odd[i], to + 2 * i + 1);
@@ -224,12 +266,13 @@ void load_past_values(Tile<A>& tile, const GatedRelaParams& p, const Span& span,
   }
 }
 
-// Rotates n rows in key order, position start + j for row j; sign -1 turns back. The angle of row j
-// is the chunk's start plus j steps, added in double: right to float rounding at any position.
+// The rotation of a chunk's items, in key order: cosines [c | c] and sines [-s | s] per row, so that
+// a turned row is x * cosines + swapped(x) * sines. The angle of row j is the chunk's start plus j
+// steps, added in double: right to float rounding at any position.
 template <class A>
-void rotate_rows(const A* __restrict src, A* __restrict dst, int n, int64_t Dp, int64_t D,
-                 const double* inv_freq, const double* step_rotation, int64_t start, double sign) {
-  const int64_t pairs = D / 2;
+void fill_rotation(Tile<A>& tile, const double* inv_freq, const double* step_rotation,
+                   int64_t start) {
+  const int64_t D = tile.D, Dp = tile.Dp, pairs = D / 2;
   double start_cos[kMaxPairs], start_sin[kMaxPairs];
   for (int64_t first = 0; first < pairs; first += kMaxPairs) {
     const int64_t count = pairs - first < kMaxPairs ? pairs - first : kMaxPairs;
@@ -238,20 +281,60 @@ void rotate_rows(const A* __restrict src, A* __restrict dst, int n, int64_t Dp, 
       start_cos[i] = std::cos(phase);
       start_sin[i] = std::sin(phase);
     }
-    for (int t = 0; t < n; ++t) {
-      const double* __restrict step_cos = step_rotation + t * D + first;
-      const double* __restrict step_sin = step_cos + pairs;
-      const A* __restrict even = src + t * Dp + first;
-      const A* __restrict odd = even + pairs;
-      A* __restrict to_even = dst + t * Dp + first;
-      A* __restrict to_odd = to_even + pairs;
-      for (int64_t i = 0; i < count; ++i) {
-        const A c = A(start_cos[i] * step_cos[i] - start_sin[i] * step_sin[i]);
-        const A s = A(sign * (start_sin[i] * step_cos[i] + start_cos[i] * step_sin[i]));
-        const A a = even[i], b = odd[i];
-        to_even[i] = a * c - b * s;
-        to_odd[i] = a * s + b * c;
+    for (int t = 0; t < tile.n; ++t) {
+      const double* step_cos = step_rotation + t * D + first;
+      const double* step_sin = step_cos + pairs;
+      A* c = tile.cosines + t * Dp + first;
+      A* s = tile.sines + t * Dp + first;
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) {
+        const Vec<double> cos0 = load_vector(start_cos + i), sin0 = load_vector(start_sin + i);
+        const Vec<double> cos1 = load_vector(step_cos + i), sin1 = load_vector(step_sin + i);
+        const Vec<double> cosine = cos0 * cos1 - sin0 * sin1, sine = sin0 * cos1 + cos0 * sin1;
+        store_eight(cosine, c + i);
+        store_eight(cosine, c + pairs + i);
+        store_eight(-sine, s + i);
+        store_eight(sine, s + pairs + i);
       }
+      for (; i < count; ++i) {
+        c[i] = c[pairs + i] = A(start_cos[i] * step_cos[i] - start_sin[i] * step_sin[i]);
+        s[pairs + i] = A(start_sin[i] * step_cos[i] + start_cos[i] * step_sin[i]);
+        s[i] = -s[pairs + i];
+      }
+    }
+  }
+}
+
+// Rows turned forward (kBack false) or back. src and dst may be the same rows.
+template <bool kBack, class A>
+void rotate_rows(const Tile<A>& tile, const A* src, A* dst) {
+  const int64_t D = tile.D, Dp = tile.Dp, pairs = D / 2;
+  for (int t = 0; t < tile.n; ++t) {
+    const A* from = src + t * Dp;
+    const A* c = tile.cosines + t * Dp;
+    const A* s = tile.sines + t * Dp;
+    A* to = dst + t * Dp;
+    if constexpr (std::is_same_v<A, float>) {
+      if (D == 16) {
+        const Vec<float> x = load_vector(from);
+        const Vec<float> across = swap_halves(x) * load_vector(s);
+        store_vector(kBack ? x * load_vector(c) - across : x * load_vector(c) + across, to);
+        continue;
+      }
+      if (D % 32 == 0) {
+        for (int64_t i = 0; i < pairs; i += 16) {
+          const Vec<float> a = load_vector(from + i), b = load_vector(from + pairs + i);
+          const Vec<float> cosine = load_vector(c + i), sine = load_vector(s + pairs + i);
+          store_vector(kBack ? a * cosine + b * sine : a * cosine - b * sine, to + i);
+          store_vector(kBack ? b * cosine - a * sine : b * cosine + a * sine, to + pairs + i);
+        }
+        continue;
+      }
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+      const A a = from[i], b = from[pairs + i], sine = kBack ? -s[pairs + i] : s[pairs + i];
+      to[i] = a * c[i] - b * sine;
+      to[pairs + i] = b * c[i] + a * sine;
     }
   }
 }
@@ -340,17 +423,17 @@ void stage(Tile<A>& tile, const GatedRelaParams& p, const Span& span, int64_t b,
   tile.n = n;
   load_keys(tile.phi_q, Dp, p.q, p.dtype, span, t0, n, h, D);
   load_keys(tile.phi_k, Dp, p.k, p.dtype, span, t0, n, h, D);
-  for (int t = 0; t < n; ++t) {
-    for (int64_t d = 0; d < D; ++d) {
-      tile.phi_q[t * Dp + d] = feature_map(tile.phi_q[t * Dp + d]);
-      tile.phi_k[t * Dp + d] = feature_map(tile.phi_k[t * Dp + d]);
+  map_features(tile.phi_q, n * Dp);
+  map_features(tile.phi_k, n * Dp);
+  if (D < Dp) {  // phi(0) is 1, but lanes behind D must stay 0
+    for (int t = 0; t < n; ++t) {
+      for (int64_t d = D; d < Dp; ++d) tile.phi_q[t * Dp + d] = tile.phi_k[t * Dp + d] = A(0);
     }
   }
   const int64_t position = (p.initial.position ? p.initial.position[b] : 0) + t0;
-  const double* inv_freq = p.inv_freq + h * D / 2;
-  const double* steps = p.step_rotation + h * kChunk * D;
-  rotate_rows(tile.phi_q, tile.rot_q, n, Dp, D, inv_freq, steps, position, 1.0);
-  rotate_rows(tile.phi_k, tile.rot_k, n, Dp, D, inv_freq, steps, position, 1.0);
+  fill_rotation(tile, p.inv_freq + h * D / 2, p.step_rotation + h * kChunk * D, position);
+  rotate_rows<false>(tile, tile.phi_q, tile.rot_q);
+  rotate_rows<false>(tile, tile.phi_k, tile.rot_k);
   load_past_values(tile, p, span, b, t0, h);
   load_rows(tile.values + (p.W - 1) * Dp, Dp, p.v, p.dtype, span, t0, n, h, D);
 }
@@ -376,14 +459,29 @@ void normalise(Tile<A>& tile, int64_t first_count, double eps) {
 // Pre-activation of the rank augmentation: bias + sum_j weight_j * v_{t-W+1+j}.
 template <class A>
 void convolve(Tile<A>& tile) {
-  const int64_t Dp = tile.Dp;
+  using V = Vec<A>;
+  const int64_t nv = tile.Dp / kLanes<A>;
+  const V* bias = reinterpret_cast<const V*>(tile.bias);
+  const V* weight = reinterpret_cast<const V*>(tile.weight);
+  const V* values = reinterpret_cast<const V*>(tile.values);
+  V* to = reinterpret_cast<V*>(tile.augmented);
   for (int t = 0; t < tile.n; ++t) {
-    A* __restrict to = tile.augmented + t * Dp;
-    for (int64_t d = 0; d < Dp; ++d) to[d] = tile.bias[d];
-    for (int64_t j = 0; j < tile.W; ++j) {
-      const A* __restrict weight = tile.weight + j * Dp;
-      const A* __restrict value = tile.values + (t + j) * Dp;
-      for (int64_t d = 0; d < Dp; ++d) to[d] += weight[d] * value[d];
+    for (int64_t m = 0; m < nv; ++m) {
+      V sum = bias[m];
+      for (int64_t j = 0; j < tile.W; ++j) sum += weight[j * nv + m] * values[(t + j) * nv + m];
+      to[t * nv + m] = sum;
     }
+  }
+}
+
+// num becomes o = num / den.
+template <class A>
+void divide(Tile<A>& tile) {
+  using V = Vec<A>;
+  const int64_t nv = tile.Dp / kLanes<A>;
+  V* rows = reinterpret_cast<V*>(tile.num);
+  for (int t = 0; t < tile.n; ++t) {
+    const A scale = A(1) / tile.den[t];
+    for (int64_t m = 0; m < nv; ++m) rows[t * nv + m] *= scale;
   }
 }
