@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recgrela_ext.data.formats import FORMATS, Source, resolve
-from recgrela_ext.data.ids import IdEncoder
+from recgrela_ext.data.ids import IdEncoder, compact
 from recgrela_ext.data.optional import import_pandas, import_parquet
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import as_time
@@ -105,7 +105,7 @@ def _text_parts(
     source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
 ) -> Iterator[_Part]:
     wanted = [source.user, source.item, *keep]
-    types = dict.fromkeys(wanted, "category")
+    types = dict.fromkeys(wanted, "str")
     if source.time is not None:
         wanted.append(source.time)
     for chunk in _chunks(source, wanted, types, progress):
@@ -128,7 +128,7 @@ def _netflix_parts(
 ) -> Iterator[_Part]:
     """Lines ``movie:`` followed by lines ``user,rating,date`` of that movie."""
     movie: str | None = None
-    types = {"user": "category", "date": "category"}
+    types = {"user": "str", "date": "str"}
     for chunk in _chunks(source, ["user", "date"], types, progress):
         first = int(chunk.index[0]) + 1
         everything = np.ones(len(chunk), dtype=bool)
@@ -146,9 +146,17 @@ def _netflix_parts(
             days = np.array(dates, dtype="datetime64[D]").astype(np.int64)
         except ValueError:
             raise DataError(f"{where}: dates must read YYYY-MM-DD, got {dates[0]!r}") from None
-        used = [one if one is not None else "" for one in movies]
         start = int(block[0]) if block.size else 0
-        yield _Part((names, codes[~head]), (used[start:], block - start), days[date_codes])
+        yield _Part(
+            _used(names, codes[~head]),
+            _used([str(one) for one in movies[start:]], block - start),
+            days[date_codes],
+        )
+
+
+def _used(names: list[str], codes: np.ndarray) -> tuple[Any, np.ndarray]:
+    ids, codes = compact(codes, np.array(names, dtype=object))
+    return ids.tolist(), codes
 
 
 def _parquet_parts(
@@ -231,17 +239,16 @@ def _distinct(columns: tuple[str, ...]) -> list[str]:
 def _codes(
     column: Any, what: str, where: str, first: int, rows: np.ndarray
 ) -> tuple[list[str], np.ndarray]:
-    codes = column.cat.codes.to_numpy()[rows]
-    uniques = column.cat.categories.tolist()
-    empty = uniques.index("") if "" in uniques else -1
-    missing = np.flatnonzero((codes < 0) | (codes == empty))
+    """Distinct texts of the chosen rows, and the code of each; a gap names its line."""
+    codes, uniques = import_pandas(where).factorize(column if rows.all() else column[rows])
+    names = uniques.tolist()
+    missing = np.flatnonzero((codes < 0) | (codes == (names.index("") if "" in names else -1)))
     if missing.size:
-        line = first + np.flatnonzero(rows)[missing[0]]
         raise DataError(
             f"{where}: {what} must not be missing, got {missing.size} missing, "
-            f"the first in line {line}"
+            f"the first in line {first + np.flatnonzero(rows)[missing[0]]}"
         )
-    return uniques, codes
+    return names, codes
 
 
 def _factorized(

@@ -51,10 +51,12 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
     if (numbers.notna() | ~given).all():
         return np.asarray(numbers)
     dates = pandas.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
-    bad = np.flatnonzero(dates.isna() & given)
-    if bad.size:
+    wrong = dates.isna() & given
+    neither = np.flatnonzero(wrong & numbers.isna())
+    if neither.size or wrong.any():
+        bad = neither[0] if neither.size else np.flatnonzero(wrong)[0]
         raise DataError(
-            f"{where}: time must be numbers or dates, got {column[bad[0]]!r} "
-            f"in {unit} {first_row + bad[0]}"
+            f"{where}: time must be all numbers or all dates, got {column[bad]!r} "
+            f"in {unit} {first_row + bad}"
         )
     return dates.dt.tz_localize(None).to_numpy().astype("datetime64[ns]")

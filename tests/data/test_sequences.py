@@ -27,7 +27,7 @@ def test_from_lists_and_targets_are_views():
 
 
 def test_from_lists_rejects_padding_and_empty_is_fine():
-    with pytest.raises(DataError, match="must lie in 1..3, got 0..3"):
+    with pytest.raises(DataError, match=r"must lie in 1..3, got 0..3"):
         Sequences.from_lists([[0, 3]])
     assert len(Sequences.from_lists([])) == 0
     assert Sequences.from_lists([[], [1]]).lengths.tolist() == [0, 1]
@@ -59,7 +59,7 @@ def test_id_map_unknown_ids():
         id_map.encode_items([10, 15])
     with pytest.raises(DataError, match="known id, got 'abc'"):
         id_map.encode_items(["abc"])
-    with pytest.raises(DataError, match="must lie in 1..2 .* got 0"):
+    with pytest.raises(DataError, match=r"must lie in 1..2 .* got 0"):
         id_map.decode_items([0])
     assert id_map.encode_items([]).shape == (0,)
 
@@ -68,7 +68,7 @@ def test_id_map_unknown_ids():
 def test_id_map_load_bad_file(tmp_path, text):
     path = tmp_path / "ids.json"
     path.write_text(text)
-    with pytest.raises(DataError, match="IdMap.load"):
+    with pytest.raises(DataError, match=r"IdMap\.load"):
         IdMap.load(path)
     with pytest.raises(DataError, match="no such file"):
         IdMap.load(tmp_path / "absent.json")
