@@ -1,0 +1,311 @@
+"""A run that is stopped anywhere and resumed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from recgrela_ext.data.sequences import Sequences, Targets
+from recgrela_ext.errors import CheckpointError
+from recgrela_ext.training import TrainConfig, fit, trainer
+from recgrela_ext.training.checkpoint import CheckpointFolder
+from recgrela_ext.training.stepper import Stepper
+
+from .conftest import assert_same_bits, make_model, make_sequences, weights_of
+
+RECIPE = {
+    "lr": 0.02,
+    "targets_per_step": 60,
+    "ema": 0.9,
+    "clip": 1.0,
+    "loss": "sampled",
+    "num_negatives": 8,
+    "checkpoint_every_seconds": None,
+    "checkpoint_every_steps": 3,
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing catches it."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The process dies inside optimiser step `number`, after the weights changed."""
+    step = Stepper.step
+
+    def dying(self: Stepper, batch: object, at: int, rate: float) -> torch.Tensor:
+        loss = step(self, batch, at, rate)  # type: ignore[arg-type]
+        if at == number:
+            raise Killed
+        return loss
+
+    monkeypatch.setattr(Stepper, "step", dying)
+
+
+@pytest.mark.parametrize("amp", [None, "float16"])
+def test_killed_at_any_step_ends_with_the_same_bits(
+    train: Sequences,
+    valid: Targets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    amp: str | None,
+) -> None:
+    config = TrainConfig(**RECIPE, amp=amp)
+    whole = make_model()
+    expected = fit(whole, train, valid, epochs=4, config=config, checkpoint_dir=tmp_path / "whole")
+    killed = make_model()
+    for number in (1, 5, 9, 14, 20):
+        with monkeypatch.context() as patch:
+            stop_at(patch, number)
+            with pytest.raises(Killed):
+                fit(killed, train, valid, epochs=4, config=config, checkpoint_dir=tmp_path / "cut")
+        killed = make_model(seed=number)  # a new process starts from other weights
+    result = fit(killed, train, valid, epochs=4, config=config, checkpoint_dir=tmp_path / "cut")
+    assert_same_bits(weights_of(killed), weights_of(whole))
+    assert (result.steps, result.best_metric) == (expected.steps, expected.best_metric)
+    numbers = [(r["epoch"], r["step"], r["loss"], r["valid"]) for r in result.history]
+    assert numbers == [(r["epoch"], r["step"], r["loss"], r["valid"]) for r in expected.history]
+    lines = (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+
+
+def test_a_finished_run_is_only_loaded(train: Sequences, valid: Targets, tmp_path: Path) -> None:
+    config = TrainConfig(**RECIPE)
+    first, second = make_model(), make_model(seed=1)
+    done = fit(first, train, valid, epochs=2, config=config, checkpoint_dir=tmp_path)
+    again = fit(second, train, valid, epochs=2, config=config, checkpoint_dir=tmp_path)
+    assert_same_bits(weights_of(first), weights_of(second))
+    assert again == done
+
+
+def test_more_epochs_go_on_from_the_end(train: Sequences, tmp_path: Path) -> None:
+    config = TrainConfig(**RECIPE)
+    whole, grown = make_model(), make_model()
+    fit(whole, train, epochs=4, config=config)
+    fit(grown, train, epochs=2, config=config, checkpoint_dir=tmp_path)
+    fit(grown, train, epochs=4, config=config, checkpoint_dir=tmp_path)
+    assert_same_bits(weights_of(whole), weights_of(grown))
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(
+    train: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**{**RECIPE, "checkpoint_every_steps": None})
+    whole, stopped = make_model(), make_model()
+    fit(whole, train, epochs=2, config=config)
+    step = Stepper.step
+
+    def interrupted(self: Stepper, batch: object, at: int, rate: float) -> torch.Tensor:
+        if at == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, at, rate)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped, train, epochs=2, config=config, checkpoint_dir=tmp_path)
+    assert CheckpointFolder(tmp_path).steps()[-1] == 5
+    fit(stopped, train, epochs=2, config=config, checkpoint_dir=tmp_path, resume="must")
+    assert_same_bits(weights_of(whole), weights_of(stopped))
+
+
+CHILD = """
+import sys
+from tests.training.conftest import make_model, make_sequences, weights_of
+from recgrela_ext.data.sequences import Targets
+from recgrela_ext.training import TrainConfig, fit
+import torch
+torch.set_num_threads(1)
+from recgrela_ext import RecGRELA
+train, valid = make_sequences(), Targets.last_of(make_sequences(20, seed=1), "valid")
+torch.manual_seed(0)
+model = RecGRELA.for_data(train, hidden_size=8, num_layers=1, num_heads=2, max_seq_len=6)
+config = TrainConfig(lr=0.02, targets_per_step=30, ema=0.9, checkpoint_every_seconds=None,
+                     checkpoint_every_steps=2)
+print("ready", flush=True)
+result = fit(model, train, valid, epochs=12, config=config, checkpoint_dir=sys.argv[1])
+print(result.steps, flush=True)
+"""
+
+
+def run_child(folder: Path, kill_after: float | None = None) -> bool:
+    """True when the child came to its end; it is killed `kill_after` seconds after its start."""
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == "ready\n"
+        if kill_after is not None:
+            time.sleep(kill_after)
+            child.send_signal(signal.SIGKILL)
+        child.wait(timeout=120)
+    return child.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_sigkill_five_times_at_random(tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert run_child(tmp_path / "whole")
+    length = time.monotonic() - start
+    draw = random.Random(int(time.time()))
+    kills = 0
+    for _ in range(5):
+        kills += not run_child(tmp_path / "cut", kill_after=draw.uniform(0.0, 0.15 * length))
+    assert kills >= 1
+    assert run_child(tmp_path / "cut")
+    whole, cut = (CheckpointFolder(tmp_path / name).load_newest() for name in ("whole", "cut"))
+    assert whole is not None
+    assert cut is not None
+    assert cut.step == whole.step
+    assert_same_bits(cut.tensors, whole.tensors)
+    for field in ("best_metric", "best_step", "targets"):
+        assert cut.state["position"][field] == whole.state["position"][field]
+    assert not list((tmp_path / "cut").glob(".*part"))
+
+
+@pytest.fixture
+def run_folder(train: Sequences, valid: Targets, tmp_path: Path) -> Path:
+    fit(make_model(), train, valid, steps=8, config=TrainConfig(**RECIPE), checkpoint_dir=tmp_path)
+    return tmp_path
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "missing"])
+@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors"])
+def test_torn_checkpoint_falls_back_to_the_one_before(
+    train: Sequences, valid: Targets, run_folder: Path, file: str, how: str
+) -> None:
+    folder = CheckpointFolder(run_folder)
+    newest = folder.steps()[-1]
+    damage(run_folder / f"step-{newest:010d}" / file, how)
+    whole, model = make_model(), make_model(seed=3)
+    fit(whole, train, valid, epochs=3, config=TrainConfig(**RECIPE))
+    with pytest.warns(UserWarning, match=f"step-{newest:010d} .*going on from step"):
+        fit(model, train, valid, epochs=3, config=TrainConfig(**RECIPE), checkpoint_dir=run_folder)
+    assert_same_bits(weights_of(model), weights_of(whole))
+
+
+def test_no_whole_checkpoint_is_an_error(
+    train: Sequences, valid: Targets, run_folder: Path
+) -> None:
+    for state in run_folder.glob("step-*/state.json"):
+        damage(state, "truncated")
+    with pytest.raises(CheckpointError, match="no earlier one to go on from"):
+        fit(make_model(), train, valid, steps=8, checkpoint_dir=run_folder)
+
+
+def test_another_run_is_refused_in_one_line(
+    train: Sequences, valid: Targets, run_folder: Path
+) -> None:
+    def resume(model: torch.nn.Module, data: Sequences, **changes: object) -> str:
+        config = TrainConfig(**{**RECIPE, **changes})
+        with pytest.raises(CheckpointError) as error:
+            fit(model, data, valid, steps=9, config=config, checkpoint_dir=run_folder)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "config lr = 0.02 there and 0.5 here" in resume(make_model(), train, lr=0.5)
+    assert "data sha256" in resume(make_model(), make_sequences(seed=9))
+    assert "other names or shapes" in resume(make_model(hidden_size=4), train)
+    assert "limits steps" in resume(make_model(), train, schedule="linear") or "schedule" in resume(
+        make_model(), train, schedule="linear"
+    )
+    state = json.loads((run_folder / "step-0000000008" / "state.json").read_text())
+    assert state["version"] == 1
+
+
+def test_another_version_is_refused(train: Sequences, run_folder: Path) -> None:
+    for file in run_folder.glob("step-*/state.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(CheckpointError, match="must have version 1, got 99"):
+        fit(make_model(), train, steps=9, checkpoint_dir=run_folder)
+
+
+def test_resume_choices(train: Sequences, valid: Targets, run_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**RECIPE)
+    fresh, again = make_model(), make_model()
+    fit(fresh, train, valid, steps=2, config=config)
+    fit(again, train, valid, steps=2, config=config, checkpoint_dir=run_folder, resume="never")
+    assert_same_bits(weights_of(fresh), weights_of(again))
+    assert CheckpointFolder(run_folder).steps()[-1] == 2
+    assert len((run_folder / "log.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(CheckpointError, match="must hold a checkpoint to resume"):
+        fit(again, train, steps=2, checkpoint_dir=tmp_path / "none", resume="must")
+    with pytest.raises(CheckpointError, match="must be given to resume"):
+        fit(again, train, steps=2, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="folder that can be written"):
+        fit(again, train, steps=2, checkpoint_dir=tmp_path / "file")
+
+
+def test_folder_keeps_the_two_newest_and_the_best(
+    train: Sequences, valid: Targets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(
+        "recgrela_ext.evaluation.evaluate",
+        lambda *a, **k: {"mean": {"seen_included/ndcg@10": next(values)}},
+    )
+    config = TrainConfig(**{**RECIPE, "checkpoint_every_steps": None})
+    result = fit(make_model(), train, valid, epochs=5, config=config, checkpoint_dir=tmp_path)
+    ends = [line["step"] for line in result.history]
+    assert CheckpointFolder(tmp_path).steps() == [ends[0], ends[1], ends[3], ends[4]]
+    assert result.best_step == ends[1]
+
+
+def test_no_pickle_in_a_checkpoint(run_folder: Path) -> None:
+    names = {path.name for path in run_folder.rglob("*") if path.is_file()}
+    assert names == {"log.jsonl", "state.json", "tensors.safetensors"}
+
+
+def test_time_based_checkpoints(train: Sequences, tmp_path: Path) -> None:
+    config = TrainConfig(
+        **{**RECIPE, "checkpoint_every_steps": None, "checkpoint_every_seconds": 0}
+    )
+    fit(make_model(), train, steps=5, config=config, checkpoint_dir=tmp_path)
+    assert CheckpointFolder(tmp_path).steps() == [4, 5]
+
+
+def test_other_thread_count_warns(
+    train: Sequences, valid: Targets, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.torch, "get_num_threads", lambda: 77)
+    with pytest.warns(UserWarning, match="77: the last bits may differ"):
+        fit(
+            make_model(),
+            train,
+            valid,
+            steps=9,
+            config=TrainConfig(**RECIPE),
+            checkpoint_dir=run_folder,
+        )
+    shutil.rmtree(run_folder)
