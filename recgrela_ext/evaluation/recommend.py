@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from recgrela_ext.data.sequences import IdMap, Sequences
 from recgrela_ext.errors import DataError
 
-_USERS_PER_BATCH = 256
+_USERS_PER_BATCH = 64
 _REPEATS_KEEP_SEEN = 0.01  # above this share of repeats "auto" keeps seen items, as the model does
 
 
@@ -125,27 +125,39 @@ def _recommend(
 
 def _top_lists(
     model: Any, histories: list[np.ndarray], k: int, exclude_seen: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(rows, scores) of each history's list, best first."""
-    window = model.config.max_seq_len
+    order = np.argsort([len(history) for history in histories], kind="stable")
+    lists = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(histories)
+    for start in range(0, len(order), _USERS_PER_BATCH):
+        index = order[start : start + _USERS_PER_BATCH]  # of similar length: little padding
+        found = _batch_lists(model, [histories[i] for i in index], k, exclude_seen)
+        for i, one in zip(index, found, strict=True):
+            lists[i] = one
+    return lists
+
+
+def _batch_lists(
+    model: Any, batch: list[np.ndarray], k: int, exclude_seen: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
     device = model.item_embedding.weight.device
-    for start in range(0, len(histories), _USERS_PER_BATCH):
-        batch = histories[start : start + _USERS_PER_BATCH]
-        lengths = [min(len(history), window) for history in batch]
-        item_seq = np.zeros((len(batch), max(lengths)), np.int64)
-        for row, history, length in zip(item_seq, batch, lengths, strict=True):
-            row[:length] = history[-length:]
-        # The model sees the window alone, so what is older is left out here: ask for enough.
-        seen = [np.unique(history) if exclude_seen else history[:0] for history in batch]
-        places = min(k + max(len(items) for items in seen), model.config.n_items - 1)
-        with torch.inference_mode():
-            top = model.recommend(
-                torch.from_numpy(item_seq).to(device),
-                torch.tensor(lengths, device=device),
-                k=places,
-                exclude_seen=False,
-            )
-        pairs = zip(top.items.cpu().numpy(), top.scores.float().cpu().numpy(), strict=True)
-        for (items, scores), known in zip(pairs, seen, strict=True):
-            keep = np.flatnonzero((items != 0) & ~np.isin(items, known))[:k]
-            yield items[keep], scores[keep]
+    lengths = [min(len(history), model.config.max_seq_len) for history in batch]
+    item_seq = np.zeros((len(batch), max(lengths)), np.int64)
+    for row, history, length in zip(item_seq, batch, lengths, strict=True):
+        row[:length] = history[-length:]
+    # The model sees the window alone, so what is older is left out here: ask for enough.
+    seen = [np.unique(history) if exclude_seen else history[:0] for history in batch]
+    places = min(k + max(len(items) for items in seen), model.config.n_items - 1)
+    with torch.inference_mode():
+        top = model.recommend(
+            torch.from_numpy(item_seq).to(device),
+            torch.tensor(lengths, device=device),
+            k=places,
+            exclude_seen=False,
+        )
+    lists = []
+    pairs = zip(top.items.cpu().numpy(), top.scores.float().cpu().numpy(), strict=True)
+    for (items, scores), known in zip(pairs, seen, strict=True):
+        keep = np.flatnonzero((items != 0) & ~np.isin(items, known))[:k]
+        lists.append((items[keep], scores[keep]))
+    return lists
