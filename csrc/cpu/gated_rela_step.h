@@ -66,12 +66,12 @@ void step_conv(StepRows<A>& w, A* window, const GatedRelaStepParams& p, int64_t 
 
 template <class A>
 void step_one(const GatedRelaStepParams& p, int64_t b, int64_t h, StepRows<A>& w) {
-  const int64_t D = p.D, width = p.H * D;
+  const int64_t D = p.D, Dp = padded<A>(D), width = p.H * D;
   const Span span{b, 0, 1};
   if (p.active && !p.active[b]) return zero_rows<A>(p.out, p.dtype, span, 0, 1, h, D);
-  load_rows(w.q, D, p.q, p.dtype, span, 0, 1, h, D);
-  load_rows(w.k, D, p.k, p.dtype, span, 0, 1, h, D);
-  load_rows(w.v, D, p.v, p.dtype, span, 0, 1, h, D);
+  load_rows(w.q, Dp, p.q, p.dtype, span, 0, 1, h, D);
+  load_rows(w.k, Dp, p.k, p.dtype, span, 0, 1, h, D);
+  load_rows(w.v, Dp, p.v, p.dtype, span, 0, 1, h, D);
   for (int64_t d = 0; d < D; ++d) {
     w.phi_q[d] = feature_map(w.q[d]);
     w.phi_k[d] = feature_map(w.k[d]);
@@ -89,10 +89,10 @@ void step_one(const GatedRelaStepParams& p, int64_t b, int64_t h, StepRows<A>& w
     for (int64_t d = 0; d < D; ++d) window[r * width + d] = next[d];
   }
   if (p.gate.data) {
-    load_rows(w.gate, D, p.gate, p.dtype, span, 0, 1, h, D);
+    load_rows(w.gate, Dp, p.gate, p.dtype, span, 0, 1, h, D);
     for (int64_t d = 0; d < D; ++d) w.out[d] *= w.gate[d] * sigmoid(w.gate[d]);
   }
-  store_rows(w.out, D, p.out, p.dtype, span, 0, 1, h, D);
+  store_rows(w.out, Dp, p.out, p.dtype, span, 0, 1, h, D);
 }
 
 template <class A>
