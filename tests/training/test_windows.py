@@ -68,9 +68,7 @@ def test_every_interaction_is_a_target_once_per_epoch(
         seen.update(check_batch(batch, items, offsets))
         if max_seq_len is not None and objective == "dense":
             assert np.diff(batch.cu_seqlens).max() <= max_seq_len + context
-    firsts = {
-        int(items[start]) for start, end in itertools.pairwise(offsets) if end > start
-    }
+    firsts = {int(items[start]) for start, end in itertools.pairwise(offsets) if end > start}
     assert seen == Counter({int(item): 1 for item in items if int(item) not in firsts})
     assert windows.num_targets == sum(seen.values())
 
