@@ -239,6 +239,8 @@ def _attend_bidirectional(
 def _augment(values: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> Tensor:
     """a_t from ``values [B, W-1+L, H*D]``: ``[B, L, H*D]``."""
     weight = conv_weight.to(values.dtype)
+    if values.shape[1] < weight.shape[1]:  # no items: conv1d refuses
+        return values[:, :0]
     bias = None if conv_bias is None else conv_bias.to(values.dtype)
     pre = F.conv1d(values.transpose(1, 2), weight[:, None, :], bias, groups=weight.shape[0])
     return F.silu(pre).transpose(1, 2)
