@@ -19,7 +19,7 @@ test: $(INSTALLED) ctest
 	$(BIN)/python -m pytest
 
 ctest: $(INSTALLED)
-	@if command -v cmake >/dev/null; then \
+	@if command -v cmake >/dev/null; then export MAKEFLAGS=; \
 	  cmake -S . -B build/cmake -DPython3_EXECUTABLE=$(abspath $(BIN))/python -DRECGRELA_CUDA=OFF >/dev/null && \
 	  cmake --build build/cmake -j 2 && \
 	  ctest --test-dir build/cmake --output-on-failure; \

@@ -46,6 +46,9 @@ def test_only_the_stable_abi_is_needed(library: Path) -> None:
 
 
 def test_no_operator_code_is_exported(library: Path) -> None:
-    """Hidden symbols cannot clash with another extension's, nor with torch's CUDA runtime."""
-    exported = nm(library, "--defined-only")
+    """Hidden symbols cannot clash with another extension's, nor with torch's CUDA runtime.
+
+    Plain C functions named recgrela_* are meant to be called from Python.
+    """
+    exported = [name for name in nm(library, "--defined-only") if not name.startswith("recgrela_")]
     assert [name for name in exported if "recgrela" in name or name.startswith("cuda")] == []
