@@ -179,8 +179,6 @@ class _Sequence:
             turned = self.rotate(np.einsum("hde,he->hd", T, self.v[t]), t, -1)
             found["k"][t] = (turned + y) * _phi_slope(self.k[t])
             terms["k"][t] = np.einsum("hde,he->hd", abs(T), abs(self.v[t]))
-                self.k[t]
-            )
             found["v"][t] = np.einsum("hde,hd->he", T, self.rot_k[t])
         found |= {"kv": T, "k_sum": y}
         terms["q"] *= _phi_slope(self.q)
