@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from recgrela_ext.data.interactions import Interactions
 from recgrela_ext.data.sequences import IdMap, Sequences, Targets
+from recgrela_ext.data.synthetic import Oracle, make_synthetic
 
-__all__ = ["IdMap", "Interactions", "Sequences", "Targets"]
+__all__ = ["IdMap", "Interactions", "Oracle", "Sequences", "Targets", "make_synthetic"]

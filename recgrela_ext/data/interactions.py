@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,6 +53,12 @@ class Interactions:
 
     def __post_init__(self) -> None:
         check_order(self.order, self.time is not None, "Interactions")
+        columns = [self.user, self.item] + ([] if self.time is None else [self.time])
+        if len({len(column) for column in columns}) > 1:
+            raise DataError(
+                "Interactions: user, item and time must have one length, "
+                f"got {[len(column) for column in columns]}"
+            )
         if not len(self.user):
             raise DataError(f"Interactions: {self.name} must hold at least one event, got 0")
 
@@ -152,6 +159,32 @@ class Interactions:
             seed,
             columns.name if name is None else name,
         )
+
+    @classmethod
+    def from_dataset(
+        cls,
+        name: str,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Interactions:
+        """A public data set by name, downloaded once with its checksum where its terms allow.
+
+        Args:
+            name: a key of ``recgrela_ext.data.download.DATASETS``, for example ``"ml-1m"``.
+            folder: where data sets are kept; None takes ``~/.cache/recgrela``.
+            progress, options: as in :meth:`from_file`.
+
+        Raises:
+            DataError: an unknown name; no network; a data set that must be fetched by hand, with
+                the page to visit.
+        """
+        from recgrela_ext.data.download import fetch_dataset
+
+        kept = Path.home() / ".cache" / "recgrela" if folder is None else folder
+        path = fetch_dataset(name, kept, progress=progress)
+        return cls.from_file(path, progress=progress, **{"name": name, **options})
 
     def __len__(self) -> int:
         """Number of events."""

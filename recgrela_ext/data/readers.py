@@ -73,7 +73,10 @@ def read_columns(
                 f"{where}: column {column!r} is missing; "
                 f"the columns are {', '.join(source.columns)}"
             )
-    chosen = {name: {str(one) for one in values} for name, values in (keep or {}).items()}
+    chosen = {
+        name: {values} if isinstance(values, str) else {str(one) for one in values}
+        for name, values in (keep or {}).items()
+    }
     parts = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)(
         source, where, chosen, progress
     )

@@ -72,8 +72,9 @@ def split_by_time(log: Interactions, shares: tuple[float, float, float], targets
     part = part[index]
     del index
     in_train = part == 0
-    train_lengths = np.add.reduceat(in_train, offsets[:-1], dtype=np.int64)
-    train = _as_sequences(log, items[in_train], _offsets(train_lengths))
+    trained = np.concatenate([[0], np.cumsum(in_train)])
+    train = _as_sequences(log, items[in_train], trained[offsets].astype(np.int64))
+    del trained
     result = []
     for number, split in ((1, "valid"), (2, "test")):
         position = np.flatnonzero(part == number)
@@ -132,7 +133,7 @@ def _is_rank(log: Interactions, time: np.ndarray) -> bool:
         return False
     largest = np.full(log.num_users, lowest, dtype=time.dtype)
     np.maximum.at(largest, log.user, time)
-    count = np.bincount(log.user)
+    count = np.bincount(log.user, minlength=log.num_users)
     return bool((largest - lowest + 1 == count).all())
 
 

@@ -112,11 +112,11 @@ def open_bytes(raw: IO[bytes], path: Path) -> IO[bytes]:
 
 def first_line(path: Path) -> str:
     """The first line without its end; DataError when the file is empty or not UTF-8 there."""
-    with path.open("rb") as raw, open_bytes(raw, path) as text:
-        try:
+    try:
+        with path.open("rb") as raw, open_bytes(raw, path) as text:
             line = text.readline(1 << 20)
-        except (EOFError, OSError) as error:
-            raise DataError(f"{path}: must be readable, got {error}") from None
+    except (EOFError, OSError) as error:
+        raise DataError(f"{path}: must be readable, got {error}") from None
     if not line:
         raise DataError(f"{path}: must hold events, got an empty file")
     try:

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from recgrela_ext.data import download
+from recgrela_ext.data import Interactions, download
 from recgrela_ext.errors import DataError
 
 RATINGS = b"1::1193::5::978300760\n1::661::3::978302109\n" * 20_000
@@ -84,6 +84,14 @@ def test_download_unpacks_and_is_not_repeated(server, archive, tmp_path):
     count = len(server.starts)
     assert download.fetch_dataset("ml-1m", tmp_path, url=server.url("ml-1m.zip")) == folder
     assert len(server.starts) == count
+
+
+def test_log_by_name(server, archive, tmp_path, monkeypatch):
+    known = download.DataSet("https://example.org", server.url("ml-1m.zip"), "ml-1m")
+    monkeypatch.setitem(download.DATASETS, "ml-1m", known)
+    pytest.importorskip("pandas")
+    log = Interactions.from_dataset("ml-1m", tmp_path, order="item_id")
+    assert (len(log), log.num_items, log.name, log.order) == (40_000, 2, "ml-1m", "item_id")
 
 
 def test_cut_download_leaves_no_torn_file_and_continues(server, archive, tmp_path):

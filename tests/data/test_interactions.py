@@ -285,6 +285,19 @@ def test_from_frame_wrong_input(columns, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_users_without_events_and_uneven_columns():
+    """A log made by hand may name users that do nothing; they keep an empty history."""
+    user, item = np.array([0, 2, 2, 0, 2, 0], np.int32), np.array([0, 1, 0, 1, 1, 0], np.int32)
+    log = Interactions(user, item, np.arange(10, 16), np.array([5, 6, 7]), np.array([1, 2]))
+    train, _, test = log.leave_one_out()
+    assert train.lengths.tolist() == [1, 0, 1]
+    assert test.dropped == {"short_users": 1}
+    by_time = log.split_by_time(0.5, 0.25, 0.25)[0]
+    assert by_time.lengths.tolist() == [1, 0, 2]
+    with pytest.raises(DataError, match=r"one length, got \[6, 5, 6\]"):
+        Interactions(user, item[:5], np.arange(6), np.array([5, 6, 7]), np.array([1, 2]))
+
+
 def test_users_with_one_event_only():
     with pytest.raises(DataError, match="a user with two events, got none among 2 users"):
         make([(1, 1, 1), (2, 1, 2)]).leave_one_out()

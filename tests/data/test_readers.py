@@ -117,6 +117,7 @@ def test_tmall_log_and_keep(tmp_path):
     bought = Interactions.from_file(path, keep={"action_type": [2]})
     assert events(bought) == [(328862, 5, 830)]
     assert bought.num_items == 1
+    assert events(Interactions.from_file(path, keep={"action_type": "2"})) == events(bought)
     with pytest.raises(DataError, match="left by keep="):
         Interactions.from_file(path, keep={"action_type": ["9"]})
     with pytest.raises(DataError, match="column 'kind' is missing"):
