@@ -4,8 +4,9 @@
 
 The rows are taken in chunks. The gradient of a chunk is formed while its probabilities are in the
 cache, so the forward does all the work and the backward only scales; memory beside the gradients is
-one chunk [chunk_rows, n_items]. Float32 at least, also under autocast. Same bits for the same input
-and thread count.
+one chunk [chunk_rows, n_items]. Logits, probabilities and sums are float32 at least; under autocast
+to bfloat16 the two products of the gradient take bfloat16 factors (a quarter less time on a CPU with
+such instructions). Same bits for the same input and thread count.
 
 Time of loss + gradients on two cores (AMD Zen 4, torch 2.13, float32, hidden 64, best of five):
 
@@ -90,9 +91,10 @@ class _ChunkedSoftmax(torch.autograd.Function):
         chunk_rows: int | None,
         wants_grad: bool,
     ) -> Tensor:
+        factors = _autocast_factors(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_table = _loss_and_gradients(
-                hidden, table, targets, rows, excluded, chunk_rows, wants_grad
+                hidden, table, targets, rows, excluded, chunk_rows, wants_grad, factors
             )
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_table)
@@ -119,12 +121,14 @@ def _loss_and_gradients(
     excluded: int | None,
     chunk_rows: int | None,
     wants_grad: bool,
+    factors: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
     num_rows, n_items = rows.numel(), table.shape[0]
     first, last = _class_range(n_items, excluded)
     classes = table[first:last].to(dtype)  # [C, hidden]
     masked = excluded if last - first == n_items else None
+    low_classes = classes if factors is None else classes.to(factors)
     grad_hidden = grad_table = grad_classes = None
     if wants_grad:
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
@@ -147,8 +151,14 @@ def _loss_and_gradients(
         if grad_hidden is not None and grad_classes is not None:
             # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
             p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y))
-            grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
-            grad_classes.addmm_(p.t(), h)
+            if factors is None:
+                grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
+                grad_classes.addmm_(p.t(), h)
+            else:
+                low = p.to(factors)
+                grad_rows = (low @ low_classes).to(dtype).div_(num_rows)
+                grad_hidden.index_copy_(0, index, grad_rows)
+                grad_classes += low.t() @ h.to(factors)
     if grad_table is not None:
         grad_table.div_(max(num_rows, 1))
     return (total / max(num_rows, 1)).to(dtype), grad_hidden, grad_table
@@ -175,6 +185,13 @@ def _softmax_in_place(
     picked[small] = 1.0
     nll = F.cross_entropy(exact, y[small, 0], reduction="sum")
     return nll.double() - picked.log().sum(dtype=torch.float64)
+
+
+def _autocast_factors(device_type: str) -> torch.dtype | None:
+    """bfloat16 under autocast to it; float16 has too little range for p / num_rows."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.bfloat16 if torch.get_autocast_dtype(device_type) == torch.bfloat16 else None
 
 
 def _class_range(n_items: int, excluded: int | None) -> tuple[int, int]:

@@ -68,10 +68,10 @@ def test_targets_per_position_say_the_same(golden_dir: Path) -> None:
 def test_weights_of_something_else_are_refused(golden_dir: Path) -> None:
     tensors, num_heads = read(golden_dir / "model_full_length.safetensors")
     weights = part(tensors, "param/")
-    with pytest.raises(CheckpointError, match="decoder.weight must be a published name"):
+    with pytest.raises(CheckpointError, match=r"decoder.weight must be a published name"):
         RecGRELA.from_reference({**weights, "decoder.weight": torch.zeros(1)}, num_heads)
     lacking = {k: v for k, v in weights.items() if k != "GRELA_block.1.in_proj.bias"}
-    with pytest.raises(CheckpointError, match="lacks encoder.layers.1.in_proj.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks encoder.layers.1.in_proj.bias"):
         RecGRELA.from_reference(lacking, num_heads)
     with pytest.raises(CheckpointError, match=r"must hold item_embedding.weight"):
         RecGRELA.from_reference({}, num_heads)
