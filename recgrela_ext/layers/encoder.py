@@ -109,6 +109,7 @@ class GRELAEncoder(nn.Module):
         position is read and left alone: the caller advances it once per event.
         """
         for layer, layer_state in zip(self.layers, state, strict=True):
+            assert isinstance(layer, GRELABlock)
             x = layer.step(x, layer_state, active)
         return x if self.final_norm is None else self.final_norm(x)
 

@@ -7,6 +7,8 @@ y_t = s(g_t) * o_t + (1 - s(g_t)) * a_t        selector "balance"; s is the sigm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from .. import ops
 from .rela import RotaryEnhancedLinearAttention, State
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
 class AdaptiveRankModulator(nn.Module):
@@ -107,7 +110,7 @@ class AdaptiveRankModulator(nn.Module):
             causal=attention.causal,
             eps=attention.eps,
         )
-        out, state = result if return_final_state else (result, None)
+        out, state = (result, None) if isinstance(result, Tensor) else result
         if self.fused:
             return out, state
         assert gate is not None

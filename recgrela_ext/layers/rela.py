@@ -106,7 +106,7 @@ class RotaryEnhancedLinearAttention(nn.Module):
             causal=self.causal,
             eps=self.eps,
         )
-        if not return_final_state:
+        if isinstance(result, Tensor):
             return result.flatten(-2)
         out, state = result
         return out.flatten(-2), state
