@@ -33,6 +33,11 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "Tensor? conv_weight, Tensor? conv_bias, Tensor(a!) kv, Tensor(b!) k_sum, Tensor(c!) conv, "
       "Tensor position, Tensor? active, float eps) -> Tensor");
 
+  m.def(
+      "encoder_step(Tensor x, Tensor weights, Tensor inv_freq, Tensor(a!) state, Tensor position, "
+      "Tensor? active, int num_layers, int mlp_width, int conv_width, bool gate, bool final_norm, "
+      "float eps, float layer_norm_eps) -> Tensor");
+
   m.def("rela_forward" RELA_ARGS);
   m.def("rela" RELA_ARGS);
   m.def(

@@ -45,6 +45,13 @@ Tensor gated_rela_step_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Te
                            Tensor k_sum, Tensor conv, Tensor position, OptionalTensor active,
                            double eps);
 
+// All layers of one event per user: x [B, C], state [B, F] updated in place, both with any batch
+// stride; weights: one buffer, laid out as kernels.h says.
+Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state, Tensor position,
+                        OptionalTensor active, int64_t num_layers, int64_t mlp_width,
+                        int64_t conv_width, bool gate, bool final_norm, double eps,
+                        double layer_norm_eps);
+
 // gated_rela without gate and rank augmentation; its states have no conv.
 using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,

@@ -63,13 +63,37 @@ struct GatedRelaStepParams {
   const bool* active;             // [B] or nullptr: all
 };
 
+// All layers of one event per user. The weights are one buffer, matrices transposed to [in, out];
+// layer after layer, C = H * D, M = mlp_width:
+//   norm1 weight [C], bias [C] | gate [C, C], bias [C] if has_gate | in [C, C], bias [C]
+//   q and k [C, 2C], bias [2C] | conv weight [C, W], bias [C] if W > 0 | out [C, C], bias [C]
+//   norm2 weight [C], bias [C] | fc1 [C, M], bias [M] | fc2 [M, C], bias [C]
+// then the final norm's weight [C] and bias [C] if has_final_norm.
+struct EncoderStepParams {
+  bool is_double, has_gate, has_final_norm;
+  int64_t B, num_layers, H, D, W, mlp_width;  // W 0: no rank augmentation
+  double eps, layer_norm_eps;
+  const void* x;                 // [B, C] rows, x_stride apart
+  void* out;                     // [B, C]
+  int64_t x_stride;
+  const void* weights;
+  const double* inv_freq;        // [H, D/2]
+  void* state;                   // [B, F] rows, state_stride apart: per layer kv, k_sum, conv
+  int64_t state_stride;
+  const int64_t* position;       // [B]
+  const bool* active;            // [B] or nullptr: all
+};
+
+constexpr int kUsersAtOnce = 4;  // users that share one pass over the weights in encoder_step
+
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
-// step, (group, head) pairs backward. Work items are independent of each other.
+// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step. Work items are independent of each other.
 struct Kernels {
   const char* level;
   void (*gated_rela)(const GatedRelaParams&, int64_t begin, int64_t end);
   void (*gated_rela_backward)(const GatedRelaBackwardParams&, int64_t begin, int64_t end);
   void (*gated_rela_step)(const GatedRelaStepParams&, int64_t begin, int64_t end);
+  void (*encoder_step)(const EncoderStepParams&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

@@ -9,6 +9,8 @@ namespace RECGRELA_LEVEL {
 #include "gated_rela_backward.h"
 #include "gated_rela_forward.h"
 #include "gated_rela_step.h"
+// keep this order
+#include "encoder_step.h"
 }  // namespace RECGRELA_LEVEL
 
 const Kernels RECGRELA_KERNELS = {
@@ -16,5 +18,6 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::gated_rela,
     RECGRELA_LEVEL::gated_rela_backward,
     RECGRELA_LEVEL::gated_rela_step,
+    RECGRELA_LEVEL::encoder_step,
 };
 }  // namespace recgrela

@@ -99,7 +99,7 @@ void load_rows(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype, con
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
       const S* __restrict from = row_at<const S>(rows, span, t0 + t, h);
-      if (std::is_same_v<S, A> && D == Dp) {
+      if (std::is_same_v<S, A> && D % kLanes<A> == 0) {
         for (int64_t d = 0; d < D; d += kLanes<A>) {
           store_vector(load_vector(reinterpret_cast<const A*>(from) + d), dst + t * Dp + d);
         }
@@ -150,7 +150,7 @@ void store_rows(const A* __restrict src, int64_t Dp, const Rows& rows, DType dty
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
       S* __restrict to = row_at<S>(rows, span, t0 + t, h);
-      if (std::is_same_v<S, A> && D == Dp) {
+      if (std::is_same_v<S, A> && D % kLanes<A> == 0) {
         for (int64_t d = 0; d < D; d += kLanes<A>) {
           store_vector(load_vector(src + t * Dp + d), reinterpret_cast<A*>(to) + d);
         }

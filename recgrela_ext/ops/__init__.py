@@ -5,9 +5,20 @@ the compiled kernels where there are any and the reference elsewhere.
 """
 
 from . import reference
+from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encoder
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
 from .reference import inv_freq
 from .rela import rela
 
-__all__ = ["gated_rela", "gated_rela_step", "inv_freq", "reference", "rela"]
+__all__ = [
+    "EncoderLayer",
+    "PackedEncoder",
+    "encoder_step",
+    "gated_rela",
+    "gated_rela_step",
+    "inv_freq",
+    "pack_encoder",
+    "reference",
+    "rela",
+]

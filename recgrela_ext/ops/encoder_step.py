@@ -1,0 +1,240 @@
+"""encoder_step: every layer of one event in a single call, for serving.
+
+Four layers of modules cost hundreds of microseconds before any operator runs; this is one operator.
+The kernel is csrc/cpu/encoder_step.cpp; what it computes, `reference_encoder_step` below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _library
+from . import reference
+from .gated_rela import needs_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderLayer:
+    """Weights of one layer in torch's layout, Linear weights [out, in]; C = hidden_size.
+
+    `gate` and `conv` may be None (ablations). Each pair is (weight, bias).
+    """
+
+    norm1: tuple[Tensor, Tensor]  # [C], [C]
+    gate: tuple[Tensor, Tensor] | None  # [C, C], [C]
+    in_proj: tuple[Tensor, Tensor]  # [C, C], [C]
+    qk_proj: tuple[Tensor, Tensor]  # [2C, C], [2C]
+    conv: tuple[Tensor, Tensor] | None  # [C, W], [C]
+    out_proj: tuple[Tensor, Tensor]  # [C, C], [C]
+    norm2: tuple[Tensor, Tensor]  # [C], [C]
+    fc1: tuple[Tensor, Tensor]  # [M, C], [M]
+    fc2: tuple[Tensor, Tensor]  # [C, M], [C]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedEncoder:
+    """All weights of an encoder in one buffer, made by `pack_encoder`; a copy, not a view."""
+
+    weights: Tensor  # flat, float32 or float64
+    inv_freq: Tensor  # [H, D/2] float64
+    num_layers: int
+    mlp_width: int
+    conv_width: int  # 0: no rank augmentation
+    gate: bool
+    final_norm: bool
+    eps: float
+    layer_norm_eps: float
+
+    @property
+    def hidden_size(self) -> int:
+        return 2 * self.inv_freq.numel()
+
+    @property
+    def state_size(self) -> int:
+        """Elements of one user's state row: per layer kv, k_sum, conv."""
+        head_dim = 2 * self.inv_freq.shape[1]
+        kept = max(self.conv_width - 1, 0)
+        return self.num_layers * self.hidden_size * (head_dim + 1 + kept)
+
+
+def pack_encoder(
+    layers: Sequence[EncoderLayer],
+    inv_freq: Tensor,
+    final_norm: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-6,
+) -> PackedEncoder:
+    """The weights of `layers` in the order and layout the kernel reads.
+
+    Raises:
+        ValueError: no layers, or layers that differ in kind.
+    """
+    if not layers:
+        raise ValueError("pack_encoder: layers must not be empty, got none")
+    pieces: list[Tensor] = []
+    for layer in layers:
+        if (layer.gate is None, layer.conv is None) != (
+            layers[0].gate is None,
+            layers[0].conv is None,
+        ):
+            raise ValueError("pack_encoder: layers must be of one kind, got a mixture")
+        pieces += layer.norm1
+        for weight, bias in (p for p in (layer.gate, layer.in_proj, layer.qk_proj) if p):
+            pieces += (weight.t(), bias)
+        pieces += layer.conv or ()
+        pieces += (layer.out_proj[0].t(), layer.out_proj[1], *layer.norm2)
+        pieces += (layer.fc1[0].t(), layer.fc1[1], layer.fc2[0].t(), layer.fc2[1])
+    pieces += final_norm or ()
+    first = layers[0]
+    dtype = reference.accumulate_dtype(first.in_proj[0].dtype)
+    with torch.no_grad():
+        weights = torch.cat([x.detach().to(dtype).reshape(-1) for x in pieces])
+    return PackedEncoder(
+        weights,
+        inv_freq.detach().to(torch.float64).contiguous(),
+        len(layers),
+        first.fc1[0].shape[0],
+        0 if first.conv is None else first.conv[0].shape[1],
+        first.gate is not None,
+        final_norm is not None,
+        eps,
+        layer_norm_eps,
+    )
+
+
+def encoder_step(
+    item_vectors: Tensor,
+    packed_weights: PackedEncoder,
+    state: tuple[Tensor, Tensor],
+    active: Tensor | None = None,
+) -> Tensor:
+    """All layers of one event per user, the states updated in place.
+
+    Args:
+        item_vectors: ``[B, hidden_size]``, the encoder's input rows, in the dtype of the weights.
+        packed_weights: see `pack_encoder`.
+        state: ``(rows [B, F], position [B] int64)``. A row holds, layer after layer, kv [H, D, D],
+            k_sum [H, D] and conv [W-1, H*D]; rows may have any batch stride. The rows change in
+            place, the position is read alone and advanced by the caller.
+        active: bool ``[B]``; where False the row stays untouched and the result is 0.
+
+    Returns:
+        ``[B, hidden_size]``. No gradient.
+
+    Raises:
+        RuntimeError: gradients are on and an input requires one.
+        ValueError, TypeError: an argument's shape, dtype, device or stride is off.
+    """
+    rows, position = state
+    _check(item_vectors, packed_weights, rows, position, active)
+    if needs_gradient(item_vectors, rows):
+        raise RuntimeError(
+            "encoder_step: inputs must not require a gradient, the state is updated in place; "
+            "call it under torch.no_grad()"
+        )
+    p = packed_weights
+    if item_vectors.device.type not in _library.KERNEL_DEVICES or item_vectors.is_cuda:
+        return reference_encoder_step(item_vectors, packed_weights, state, active)
+    out = torch.ops.recgrela.encoder_step(
+        item_vectors, p.weights, p.inv_freq, rows, position, active, p.num_layers, p.mlp_width,
+        p.conv_width, p.gate, p.final_norm, p.eps, p.layer_norm_eps)  # fmt: skip
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(rows)
+    return out
+
+
+def _check(
+    x: Tensor, packed: PackedEncoder, rows: Tensor, position: Tensor, active: Tensor | None
+) -> None:
+    C, B = packed.hidden_size, x.shape[0] if x.dim() else 0
+    wanted = (
+        ("item_vectors", x, (B, C), packed.weights.dtype),
+        ("state", rows, (B, packed.state_size), packed.weights.dtype),
+        ("position", position, (B,), torch.int64),
+        ("active", active, (B,), torch.bool),
+    )
+    for name, tensor, shape, dtype in wanted:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"encoder_step: {name} must have shape {list(shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(f"encoder_step: {name} must have dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != packed.weights.device:
+            raise ValueError(
+                f"encoder_step: {name} must be on the device of the weights, "
+                f"{packed.weights.device}, got {tensor.device}"
+            )
+
+
+def reference_encoder_step(
+    item_vectors: Tensor,
+    packed: PackedEncoder,
+    state: tuple[Tensor, Tensor],
+    active: Tensor | None = None,
+) -> Tensor:
+    """The same in plain PyTorch: the specification of the kernel."""
+    rows, position = state
+    H, D = packed.inv_freq.shape[0], 2 * packed.inv_freq.shape[1]
+    C, M, W = packed.hidden_size, packed.mlp_width, packed.conv_width
+    kept = max(W - 1, 0)
+    at = 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal at
+        count = torch.Size(shape).numel()
+        at += count
+        return packed.weights[at - count : at].view(shape)
+
+    def norm(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), take(C), take(C), packed.layer_norm_eps)
+
+    def linear(x: Tensor, out: int) -> Tensor:
+        weight = take(x.shape[-1], out)
+        return x @ weight + take(out)
+
+    x = item_vectors
+    for layer in rows.split(C * (D + 1 + kept), dim=1):
+        kv, k_sum, conv = layer.split((C * D, C, kept * C), dim=1)
+        views = (kv.unflatten(1, (H, D, D)), k_sum.unflatten(1, (H, D)), conv.unflatten(1, (kept, C)))
+        h = norm(x)
+        gate = linear(h, C).view(-1, H, D) if packed.gate else None
+        u = linear(h, C)
+        q, k = linear(u, 2 * C).view(-1, 2, H, D).unbind(1)
+        weight, bias = (take(C, W), take(C)) if W else (None, None)
+        y = reference.gated_rela_step(q, k, u.view(-1, H, D), gate, packed.inv_freq, weight, bias,
+                                      (*views, position), packed.eps, active)  # fmt: skip
+        x = x + linear(y.reshape(-1, C), C)
+        x = x + linear(F.gelu(linear(norm(x), M)), C)
+    if packed.final_norm:
+        x = norm(x)
+    return x if active is None else torch.where(active[:, None], x, 0.0)
+
+
+def _fake_encoder_step(
+    x: Tensor,
+    weights: Tensor,
+    inv_freq: Tensor,
+    state: Tensor,
+    position: Tensor,
+    active: Tensor | None,
+    num_layers: int,
+    mlp_width: int,
+    conv_width: int,
+    gate: bool,
+    final_norm: bool,
+    eps: float,
+    layer_norm_eps: float,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+if _library.KERNEL_DEVICES:
+    torch.library.register_fake("recgrela::encoder_step", _fake_encoder_step)
