@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.ops.problems import Problem
+from tests.ops.problems import PARAMETERS, Problem
 
 Array = np.ndarray
 WIDE = np.longdouble
@@ -39,8 +39,8 @@ def exact(problem: Problem, grads: dict[str, Tensor] | None = None) -> Exact:
 
 
 class Exact:
-    """Results by name as float64 tensors: ``outputs``, ``gradients``, and for the gradients of q
-    and k ``terms``, in the same shape: the magnitudes of what is added up, before it cancels.
+    """Results by name as float64 tensors: ``outputs``, ``gradients``, and for the gradients of q,
+    k and the parameters ``terms``: the magnitudes of what is added up, before it cancels.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -52,15 +52,13 @@ class Exact:
         wide = torch.float64
         self.outputs: dict[str, Tensor] = {"out": torch.zeros(p.q.shape, dtype=wide)}
         self.gradients = {n: torch.zeros(x.shape, dtype=wide) for n, x in p.leaves().items()}
-        self.terms = {n: torch.zeros(p.q.shape, dtype=wide) for n in ("q", "k")}
+        named = {n: x for n, x in p.leaves().items() if n in ("q", "k", *PARAMETERS)}
+        self.terms = {n: torch.zeros(x.shape, dtype=wide) for n, x in named.items()}
         if p.return_final_state:
             self.outputs["final kv"] = torch.zeros(B, H, D, D, dtype=wide)
             self.outputs["final k_sum"] = torch.zeros(B, H, D, dtype=wide)
             self.outputs["final conv"] = torch.zeros(B, W - 1, H * D, dtype=wide)
             self.outputs["final position"] = torch.zeros(B, dtype=torch.int64)
-        self.weight_sums = {
-            n: np.zeros(x.shape, WIDE) for n, x in p.leaves().items() if n.startswith("conv_")
-        }
 
     def add_sequence(self, b: int, index: Any, n: int, grads: dict[str, Tensor] | None) -> None:
         one = _Sequence(self, b, index, n)
@@ -73,16 +71,16 @@ class Exact:
             self.outputs["final position"][b] = one.position + n
         if grads is None:
             return
-        found, terms = one.backward({name: grads[name] for name in grads}, b, index)
-        for name, x in found.items():
-            if name.startswith("conv_"):
-                self.weight_sums[name] += x.reshape(self.weight_sums[name].shape)
-                self.gradients[name] = _tensor(self.weight_sums[name])
-            elif name in self.gradients:
-                at = b if name in ("kv", "k_sum", "conv") else index
-                self.gradients[name][at] = _tensor(x).reshape(self.gradients[name][at].shape)
-        for name, x in terms.items():
-            self.terms[name][index] = _tensor(x)
+        for results, arrays in zip(
+            (self.gradients, self.terms), one.backward(grads, b, index), strict=True
+        ):
+            for name in results.keys() & arrays.keys():
+                x = _tensor(arrays[name])
+                if name in PARAMETERS:
+                    results[name] += x.reshape(results[name].shape)
+                else:
+                    at = b if name in ("kv", "k_sum", "conv") else index
+                    results[name][at] = x.reshape(results[name][at].shape)
 
 
 class _Sequence:
@@ -189,13 +187,13 @@ class _Sequence:
             dvalues[n:] += _array(grads["final conv"][b]).reshape(-1, H, D)
         if self.weight is not None:
             dpre = dO * _silu_slope(self.pre)
-            dweight = np.zeros_like(self.weight)
+            dweight, size = np.zeros_like(self.weight), np.zeros_like(self.weight)
             for j in range(self.W):
                 dvalues[j : j + n] += self.weight[:, :, j] * dpre
-                dweight[:, :, j] = (dpre * self.values[j : j + n]).sum(0)
-            found |= {"conv_weight": dweight}
-            if not np.isscalar(self.bias):
-                found |= {"conv_bias": dpre.sum(0)}
+                product = dpre * self.values[j : j + n]
+                dweight[:, :, j], size[:, :, j] = product.sum(0), abs(product).sum(0)
+            found |= {"conv_weight": dweight, "conv_bias": dpre.sum(0)}
+            terms |= {"conv_weight": size, "conv_bias": abs(dpre).sum(0)}
         found["conv"] = dvalues[: self.W - 1]
         found["v"] += dvalues[self.W - 1 :]
         return found, terms
