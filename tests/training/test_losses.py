@@ -121,6 +121,19 @@ def test_autocast_computes_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
+def test_bfloat16_autocast_rounds_only_the_gradients_factors() -> None:
+    hidden, table, targets = make_case(400, 300, torch.float32, scale=0.5)
+    plain = softmax_loss(hidden, table, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = softmax_loss(hidden, table, targets)
+    assert torch.equal(low, plain)
+    pairs = zip(gradients(low, hidden, table), gradients(plain, hidden, table), strict=True)
+    for mine, exact in pairs:
+        assert not torch.equal(mine, exact)
+        assert mine.dtype == torch.float32
+        assert (mine - exact).norm() < 2**-7 * exact.norm()
+
+
 def test_small_float16_gradients_survive_a_loss_scale() -> None:
     hidden, table, targets = make_case(60, 50, torch.float32)
     low = hidden.detach().half().requires_grad_()
