@@ -8,9 +8,9 @@ x = x + MLP(LN2(x)),   MLP = Dropout(W_2 Dropout(GELU(W_1 .)))
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import dropout
 from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State
 
@@ -64,11 +64,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, hidden_size] -> [N, hidden_size]."""
-        inner = self._drop(ACTIVATIONS[self.activation](self.fc1(x)))
-        return self._drop(self.fc2(inner))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout > 0.0 else x
+        inner = ACTIVATIONS[self.activation](self.fc1(x))
+        inner = dropout(inner, self.dropout, self.training)
+        return dropout(self.fc2(inner), self.dropout, self.training)
 
 
 class GRELABlock(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
@@ -189,9 +190,7 @@ class RecGRELA(nn.Module):
         elif self.config.position == "sinusoidal":
             assert positions is not None
             x = x + inputs.sinusoid(positions, self.config.hidden_size).to(x.dtype)
-        if self.training and self.config.dropout > 0.0:
-            x = F.dropout(x, self.config.dropout)
-        return self.input_norm(x)
+        return self.input_norm(dropout(x, self.config.dropout, self.training))
 
     # training
 
