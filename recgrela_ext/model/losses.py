@@ -4,9 +4,9 @@
 
 The rows are taken in chunks. The gradient of a chunk is formed while its probabilities are in the
 cache, so the forward does all the work and the backward only scales; memory beside the gradients is
-one chunk [chunk_rows, n_items]. Logits, probabilities and sums are float32 at least; under autocast
-to bfloat16 the two products of the gradient take bfloat16 factors (a quarter less time where the CPU has
-such instructions). Same bits for the same input and thread count.
+one chunk [chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast
+to bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter
+less time). Same bits for the same input and thread count.
 
 Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.13, float32, hidden
 64, least of several runs; memory holds the gradients themselves too):
