@@ -44,6 +44,25 @@ _PUBLISHED_BLOCK = {
 _BLOCK_NAME = re.compile(r"GRELA_block\.(\d+)\.(.+)\.(weight|bias|rotations)")
 
 
+_NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
+
+
+def fingerprint(model: RecGRELA) -> bytes:
+    """16 bytes, computed again only when a weight was replaced or written to."""
+    tensors = dict(model.state_dict(keep_vars=True).items())
+    key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors.values())
+    cached = model.__dict__.get("_fingerprint")
+    if cached is None or cached[0] != key:
+        fields = model.config.to_dict()
+        for name in _NOT_IN_FINGERPRINT:
+            fields.pop(name)
+        text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
+        cached = (key, hashlib.sha256(text.encode()).digest()[:16])
+        model.__dict__["_fingerprint"] = cached
+    found: bytes = cached[1]
+    return found
+
+
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()

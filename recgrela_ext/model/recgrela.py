@@ -5,8 +5,6 @@ x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 _PACK_BELOW = 0.95  # share of real items from which packing is not worth a copy
 _MANY_REPEATS = 0.01  # share of repeated events from which seen items stay recommendable
-
-_NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
 
 
 class RecGRELA(nn.Module):
@@ -368,18 +364,7 @@ class RecGRELA(nn.Module):
 
     def fingerprint(self) -> bytes:
         """16 bytes that depend on the weights and on the configuration, training options apart."""
-        tensors = list(self.state_dict(keep_vars=True).items())
-        key = tuple((t.data_ptr(), t._version, t.dtype) for _, t in tensors)
-        cached = self.__dict__.get("_fingerprint")
-        if cached is None or cached[0] != key:
-            fields = self.config.to_dict()
-            for name in _NOT_IN_FINGERPRINT:
-                fields.pop(name)
-            digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-            digest.update(persistence.weights_digest(dict(tensors)).encode())
-            cached = (key, digest.digest()[:16])
-            self.__dict__["_fingerprint"] = cached
-        return cached[1]
+        return persistence.fingerprint(self)
 
     # persistence
 
