@@ -67,30 +67,44 @@ class CheckpointFolder:
         state: Mapping[str, Any],
         keep: Iterable[int] = (),
     ) -> Path:
-        """Writes a checkpoint; the two newest and the steps in `keep` stay, the others go."""
+        """Writes a checkpoint; the two newest and the steps in `keep` stay, the others go.
+
+        Raises:
+            CheckpointError: the disk refuses; what was there stays.
+        """
         place = self._place(step)
         part = self.path / f".{place.name}.{os.getpid()}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        try:
+            self._write(part, step, tensors, state)
+            if place.exists():  # this step once more, after a restart from an earlier one
+                shutil.rmtree(place)
+            os.replace(part, place)
+            _flush(self.path)
+        except (OSError, safetensors.SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise CheckpointError(f"fit: {place} must be writable, got {error}") from None
+        self._prune({step, *self.steps()[-2:], *keep})
+        return place
+
+    @staticmethod
+    def _write(
+        folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, part / _TENSORS)
+        safetensors.torch.save_file(plain, folder / _TENSORS)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "step": step,
-            "tensors_sha256": _sha256_of_file(part / _TENSORS),
+            "tensors_sha256": _sha256_of_file(folder / _TENSORS),
             "state": dict(state),
         }
         content["sha256"] = _sha256_of_json(content)
-        (part / _STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for path in (part / _TENSORS, part / _STATE, part):
+        (folder / _STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for path in (folder / _TENSORS, folder / _STATE, folder):
             _flush(path)
-        if place.exists():  # this step once more, after a restart from an earlier one
-            shutil.rmtree(place)
-        os.replace(part, place)
-        _flush(self.path)
-        self._prune({step, *self.steps()[-2:], *keep})
-        return place
 
     def load(self, step: int) -> Checkpoint:
         """Reads one checkpoint; CheckpointError when it is missing, torn or of another version."""

@@ -123,6 +123,11 @@ class TrainConfig:
         _require(bool(known), "metric", "look like seen_included/ndcg@10", self.metric)
 
     @property
+    def metric_key(self) -> str:
+        """`metric` with its view: a plain name is seen_included."""
+        return self.metric if "/" in self.metric else f"seen_included/{self.metric}"
+
+    @property
     def metric_k(self) -> int:
         """The cut-off of `metric`."""
         return int(self.metric.rpartition("@")[2])

@@ -72,7 +72,7 @@ def fit(
         The result; the model holds the best weights and is in evaluation mode.
 
     Raises:
-        ValueError: a bad argument; a loss that is not finite (the line names the step).
+        ValueError, TypeError: a bad argument; a loss that is not finite (the line names the step).
         CheckpointError: no whole checkpoint where one is needed, or one of another run.
     """
     config = TrainConfig() if config is None else config
@@ -307,8 +307,8 @@ class _Run:
             at.epoch_loss, at.epoch_targets, at.epoch_seconds = 0.0, 0, 0.0
         at.history.append(record)
         self.log.write(record)
-        shown = record.get("valid", {}).get(self.config.metric)
-        tail = "" if shown is None else f", {self.config.metric} {shown:.4f}"
+        shown = record.get("valid", {}).get(self.config.metric_key)
+        tail = "" if shown is None else f", {self.config.metric_key} {shown:.4f}"
         self.bar.say(f"epoch {epoch}: loss {record['loss']:.4f}{tail}")
         self.save()
 
@@ -323,8 +323,8 @@ class _Run:
             result = evaluate(
                 self.model, self.valid, k=cuts, baselines={}, bootstrap=0, progress=False
             )
-        metrics: dict[str, float] = result["mean"]
-        value = metrics[self.config.metric]
+        metrics = {name: value for name, value in result["mean"].items() if "/" in name}
+        value = metrics[self.config.metric_key]
         at.evaluated_step = at.step
         at.evaluations_since_best += 1
         if at.best_metric is None or value > at.best_metric:
@@ -380,6 +380,8 @@ def _check_arguments(
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")
     if resume not in _RESUME:
         raise ValueError(f"fit: resume must be auto, must or never, got {resume!r}")
+    if not hasattr(model, "item_embedding"):
+        raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]
     for what, data in (("train", train), ("valid", valid)):
         if data is not None and data.n_items != n_items:

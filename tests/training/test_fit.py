@@ -274,6 +274,8 @@ def test_bad_arguments_give_one_line(train: Sequences, valid: Targets) -> None:
         fit(model, train, epochs=1, resume="perhaps")
     with pytest.raises(ValueError, match="must have the model's n_items=31, got 6"):
         fit(model, Sequences.from_lists([[1, 2, 5]]), epochs=1)
+    with pytest.raises(TypeError, match="model must have an item_embedding, got Linear"):
+        fit(torch.nn.Linear(2, 2), train, epochs=1)
     with pytest.raises(ValueError, match="at least two items"):
         fit(model, Sequences.from_lists([[1], [2]], 30), epochs=1)
 

@@ -241,6 +241,42 @@ def test_another_run_is_refused_in_one_line(
     assert "config schedule = 'constant' there" in resume(make_model(), train, schedule="linear")
 
 
+def test_limits_belong_to_a_run_whose_rate_follows_them(train: Sequences, tmp_path: Path) -> None:
+    config = TrainConfig(**RECIPE, schedule="cosine")
+    fit(make_model(), train, steps=3, config=config, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="limits steps = 3 there and 6 here"):
+        fit(make_model(), train, steps=6, config=config, checkpoint_dir=tmp_path)
+
+
+def test_a_decaying_rate_survives_a_kill(
+    train: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**RECIPE, schedule="cosine", decay=0.6, warmup_steps=2)
+    whole, killed = make_model(), make_model()
+    fit(whole, train, epochs=3, config=config)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        with pytest.raises(Killed):
+            fit(killed, train, epochs=3, config=config, checkpoint_dir=tmp_path)
+    fit(killed, train, epochs=3, config=config, checkpoint_dir=tmp_path)
+    assert_same_bits(weights_of(killed), weights_of(whole))
+
+
+def test_disk_that_refuses_is_one_line(
+    train: Sequences, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = CheckpointFolder(run_folder).steps()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    folder = CheckpointFolder(run_folder)
+    with pytest.raises(CheckpointError, match=r"must be writable, got .*No space left"):
+        folder.save(99, {}, {})
+    assert folder.steps() == before
+    assert not list(run_folder.glob(".*part"))
+
+
 def test_another_version_is_refused(train: Sequences, run_folder: Path) -> None:
     for file in run_folder.glob("step-*/state.json"):
         content = json.loads(file.read_text())
