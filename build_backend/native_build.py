@@ -95,14 +95,10 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
         objects += [edge(lines, "nvcc", path, flags) for path in cuda_sources]
     # --no-as-needed: the CUDA symbols of torch are reached through libtorch alone, and nothing
     # here names one directly. No rpath: torch is imported first and brings its libraries along.
-    libraries = [
-        f"-L{torch.lib}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-Wl,--as-needed",
-    ]
-    libraries += ["-Wl,--exclude-libs,ALL", *(toolkit.link_flags if toolkit else [])]
+    # libstdc++ comes first, because libtorch_cpu carries copies of some of its symbols.
+    torch_libraries = "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed".split()
+    libraries = ["-lstdc++", f"-L{torch.lib}", *torch_libraries, "-Wl,--exclude-libs,ALL"]
+    libraries += toolkit.link_flags if toolkit else []
     library = link(lines, WORK / "librecgrela.so", objects, libraries)
 
     module = edge(lines, "cxx", Path("csrc/module.cpp"), module_flags(torch, version, toolkit))
