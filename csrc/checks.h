@@ -74,8 +74,8 @@ inline void check_rows(const char* op, const char* name, const std::optional<Ten
   if (!x) return;
   RECGRELA_CHECK(shape_text(*x) == shape_text(q), op, ": ", name, " must have the shape of q ",
                  shape_text(q), ", got ", shape_text(*x));
-  RECGRELA_CHECK(x->scalar_type() == q.scalar_type(), op, ": ", name,
-                 " must have the dtype of q, ", q.scalar_type(), ", got ", x->scalar_type());
+  RECGRELA_CHECK(x->scalar_type() == q.scalar_type(), op, ": ", name, " must have the dtype of q, ",
+                 q.scalar_type(), ", got ", x->scalar_type());
   RECGRELA_CHECK(x->device() == q.device(), op, ": ", name, " must be on the device of q");
   RECGRELA_CHECK(x->numel() == 0 || x->stride(x->dim() - 1) == 1, op, ": ", name,
                  " must have a contiguous last dimension, got stride ", x->stride(x->dim() - 1));

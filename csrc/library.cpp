@@ -1,19 +1,19 @@
-// Every schema of the library, one operator a paragraph. Kernels register themselves in csrc/cpu and
-// csrc/cuda. `<op>_forward` has no autograd formula and is called when nothing needs a gradient:
-// a formula registered from Python costs about 10 us a call even under no_grad.
+// Every schema of the library, one operator a paragraph. Kernels register themselves in csrc/cpu
+// and csrc/cuda. `<op>_forward` has no autograd formula and is called when nothing needs a
+// gradient: a formula registered from Python costs about 10 us a call even under no_grad.
 #include <torch/csrc/stable/library.h>
 
-#define GATED_RELA_ARGS                                                                        \
-  "(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor inv_freq, Tensor? conv_weight, "        \
-  "Tensor? conv_bias, Tensor? lengths, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum, "        \
-  "Tensor? conv, Tensor? position, float eps, bool return_final_state, "                       \
-  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "              \
+#define GATED_RELA_ARGS                                                                 \
+  "(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor inv_freq, Tensor? conv_weight, " \
+  "Tensor? conv_bias, Tensor? lengths, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum, " \
+  "Tensor? conv, Tensor? position, float eps, bool return_final_state, "                \
+  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "       \
   "Tensor final_conv, Tensor saved_kv, Tensor saved_k_sum)"
 
-#define RELA_ARGS                                                                               \
-  "(Tensor q, Tensor k, Tensor v, Tensor inv_freq, Tensor? lengths, Tensor? cu_seqlens, "       \
-  "Tensor? kv, Tensor? k_sum, Tensor? position, float eps, bool return_final_state, "           \
-  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "               \
+#define RELA_ARGS                                                                         \
+  "(Tensor q, Tensor k, Tensor v, Tensor inv_freq, Tensor? lengths, Tensor? cu_seqlens, " \
+  "Tensor? kv, Tensor? k_sum, Tensor? position, float eps, bool return_final_state, "     \
+  "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "         \
   "Tensor saved_kv, Tensor saved_k_sum)"
 
 STABLE_TORCH_LIBRARY(recgrela, m) {

@@ -72,8 +72,9 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
   p.active = static_cast<const bool*>(data_or_null(active));
 
   const Kernels& level = kernels();
-  torch::stable::parallel_for(0, (B + kUsersAtOnce - 1) / kUsersAtOnce, 1,
-                              [&](int64_t begin, int64_t end) { level.encoder_step(p, begin, end); });
+  torch::stable::parallel_for(
+      0, (B + kUsersAtOnce - 1) / kUsersAtOnce, 1,
+      [&](int64_t begin, int64_t end) { level.encoder_step(p, begin, end); });
   return out;
 }
 

@@ -191,23 +191,22 @@ template <class A>
 void encoder_range(const EncoderStepParams& p, int64_t begin, int64_t end) {
   const int64_t C = p.H * p.D;
   EncoderRows<A> w;
-  with_scratch([&](Scratch& scratch) { lay_out(w, scratch, p); },
-               [&] {
-                 int64_t users[kUsersAtOnce];
-                 for (int64_t block = begin; block < end; ++block) {
-                   int count = 0;
-                   for (int64_t b = block * kUsersAtOnce;
-                        b < p.B && b < (block + 1) * kUsersAtOnce; ++b) {
-                     if (p.active == nullptr || p.active[b]) {
-                       users[count++] = b;
-                     } else {
-                       __builtin_memset(static_cast<A*>(p.out) + b * C, 0,
-                                        std::size_t(C) * sizeof(A));
-                     }
-                   }
-                   if (count > 0) encoder_users(w, p, users, count);
-                 }
-               });
+  with_scratch(
+      [&](Scratch& scratch) { lay_out(w, scratch, p); },
+      [&] {
+        int64_t users[kUsersAtOnce];
+        for (int64_t block = begin; block < end; ++block) {
+          int count = 0;
+          for (int64_t b = block * kUsersAtOnce; b < p.B && b < (block + 1) * kUsersAtOnce; ++b) {
+            if (p.active == nullptr || p.active[b]) {
+              users[count++] = b;
+            } else {
+              __builtin_memset(static_cast<A*>(p.out) + b * C, 0, std::size_t(C) * sizeof(A));
+            }
+          }
+          if (count > 0) encoder_users(w, p, users, count);
+        }
+      });
 }
 
 void encoder_step(const EncoderStepParams& p, int64_t begin, int64_t end) {

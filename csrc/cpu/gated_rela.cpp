@@ -45,8 +45,8 @@ ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, 
   const Tensor step_rotation = new_empty(q, {d.H, kChunk, d.D}, ScalarType::Double);
   GatedRelaParams p = sequence_params(args, d, step_rotation);
 
-  Tensor out = packed ? new_empty(q, {d.packed_items, d.H, d.D})
-                      : new_empty(q, {d.B, d.L, d.H, d.D});
+  Tensor out =
+      packed ? new_empty(q, {d.packed_items, d.H, d.D}) : new_empty(q, {d.B, d.L, d.H, d.D});
   p.out = rows_of(out, packed);
   Tensor final_kv = none(q, d.acc), final_k_sum = none(q, d.acc), final_conv = none(q, d.acc);
   if (return_final_state) {

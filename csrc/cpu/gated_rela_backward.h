@@ -12,14 +12,14 @@
 template <class A>
 struct BackwardTile {
   Tile<A> tile;
-  A *gate, *dy, *dgate;     // [kChunk, Dp]
-  A *dnum, *dden;           // [kChunk, Dp], [kChunk]
-  A *drot, *dphi, *dvalues; // [kChunk, Dp]
-  A* dpre;                  // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
-  A *later, *later_sum;     // T [Dp, Dp] and y [Dp]
-  A* transposed;            // [Dp, Dp]
-  A* k_sum_start;           // [Dp]
-  A *dweight, *dbias;       // [W, Dp], [Dp]
+  A *gate, *dy, *dgate;      // [kChunk, Dp]
+  A *dnum, *dden;            // [kChunk, Dp], [kChunk]
+  A *drot, *dphi, *dvalues;  // [kChunk, Dp]
+  A* dpre;                   // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
+  A *later, *later_sum;      // T [Dp, Dp] and y [Dp]
+  A* transposed;             // [Dp, Dp]
+  A* k_sum_start;            // [Dp]
+  A *dweight, *dbias;        // [W, Dp], [Dp]
 };
 
 template <class A>
@@ -108,8 +108,8 @@ void backward_keys(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const S
   const int64_t D = f.D, Dp = tile.Dp;
   const A* values = tile.values + (f.W - 1) * Dp;
   transpose(w.later, w.transposed, D, Dp);
-  scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, w.drot, tile.n, D);      // T_t v_t
-  scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later, w.dvalues, tile.n, D);    // T_t^T R phi(k_t)
+  scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, w.drot, tile.n, D);    // T_t v_t
+  scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later, w.dvalues, tile.n, D);  // T_t^T R phi(k_t)
   rotate_rows<true>(tile, w.drot, w.dphi);
   const int64_t nv = Dp / kLanes<A>;
   V* y = reinterpret_cast<V*>(w.later_sum);
@@ -154,8 +154,8 @@ template <class A>
 const A* grad_final_conv(const GatedRelaBackwardParams& p, int64_t b, int64_t h, int64_t m) {
   if (p.grad_final.conv == nullptr) return nullptr;
   const GatedRelaParams& f = p.forward;
-  return static_cast<const A*>(p.grad_final.conv) + b * p.grad_final.conv_stride +
-         m * f.H * f.D + h * f.D;
+  return static_cast<const A*>(p.grad_final.conv) + b * p.grad_final.conv_stride + m * f.H * f.D +
+         h * f.D;
 }
 
 template <class A>
@@ -178,8 +178,8 @@ void store_grad_initial(BackwardTile<A>& w, const GatedRelaBackwardParams& p, co
   const int64_t Dp = w.tile.Dp;
   store_state(w.later, w.later_sum, p.grad_initial, b, h, f.D, Dp);
   for (int64_t r = 0; r < f.W - 1; ++r) {
-    A* to = static_cast<A*>(p.grad_initial.conv) + b * p.grad_initial.conv_stride +
-            r * f.H * f.D + h * f.D;
+    A* to = static_cast<A*>(p.grad_initial.conv) + b * p.grad_initial.conv_stride + r * f.H * f.D +
+            h * f.D;
     const A* from = r >= span.length ? grad_final_conv<A>(p, b, h, r - span.length) : nullptr;
     for (int64_t d = 0; d < f.D; ++d) {
       A sum = from ? from[d] : A(0);

@@ -42,7 +42,8 @@ void turn_keys(StepRows<A>& w, int64_t D, const A* cosines, const A* sines) {
 
 // kv += k v^T, out = kv^T q / (phi(q).k_sum + eps n)
 template <class A>
-void step_attention(StepRows<A>& w, A* __restrict kv, A* __restrict k_sum, int64_t D, double count) {
+void step_attention(StepRows<A>& w, A* __restrict kv, A* __restrict k_sum, int64_t D,
+                    double count) {
   A den = A(0);
   for (int64_t d = 0; d < D; ++d) {
     k_sum[d] += w.phi_k[d];

@@ -6,7 +6,8 @@
 //   inv_freq   [H, D/2] float64         conv_weight [H*D, W], conv_bias [H*D]
 //   states     kv [H, D, D] (key dim first), k_sum [H, D], conv [W-1, H*D]: contiguous inside one
 //              user, any stride between users
-//   saved_*    the states at the start of every chunk of kChunk items, in the kernel's own key order
+//   saved_*    the states at the start of every chunk of kChunk items, in the kernel's own key
+//   order
 // conv_weight, conv_bias, states and saved states are double for double rows and float otherwise.
 #pragma once
 #include <cstdint>
@@ -33,19 +34,19 @@ struct GatedRelaParams {
   DType dtype;
   int64_t B, L, H, D, W;
   double eps;
-  Rows q, k, v, gate, out;        // gate.data nullptr: no gate
-  const double* inv_freq;         // [H, D/2]
-  const double* step_rotation;    // [H, kChunk, 2, D/2], see fill_step_rotation
-  const void* conv_weight;        // nullptr: no rank augmentation, W is 1
-  const void* conv_bias;          // nullptr: zero
-  const int64_t* lengths;         // [B] or nullptr
-  const int64_t* cu_seqlens;      // [B+1] or nullptr
-  States initial, final;          // kv nullptr: none
-  void *saved_kv, *saved_k_sum;   // nullptr in inference
+  Rows q, k, v, gate, out;       // gate.data nullptr: no gate
+  const double* inv_freq;        // [H, D/2]
+  const double* step_rotation;   // [H, kChunk, 2, D/2], see fill_step_rotation
+  const void* conv_weight;       // nullptr: no rank augmentation, W is 1
+  const void* conv_bias;         // nullptr: zero
+  const int64_t* lengths;        // [B] or nullptr
+  const int64_t* cu_seqlens;     // [B+1] or nullptr
+  States initial, final;         // kv nullptr: none
+  void *saved_kv, *saved_k_sum;  // nullptr in inference
 };
 
 struct GatedRelaBackwardParams {
-  GatedRelaParams forward;        // out is not read
+  GatedRelaParams forward;  // out is not read
   Rows grad_out, dq, dk, dv, dgate;
   States grad_final, grad_initial;
   void *dweight_partial, *dbias_partial;  // [groups, H*D, W], [groups, H*D]
@@ -56,11 +57,11 @@ struct GatedRelaStepParams {
   DType dtype;
   int64_t B, H, D, W;
   double eps;
-  Rows q, k, v, gate, out;        // item_stride unused
+  Rows q, k, v, gate, out;  // item_stride unused
   const double* inv_freq;
   const void *conv_weight, *conv_bias;
   States state;
-  const bool* active;             // [B] or nullptr: all
+  const bool* active;  // [B] or nullptr: all
 };
 
 // All layers of one event per user. The weights are one buffer, matrices transposed to [in, out];
@@ -73,21 +74,22 @@ struct EncoderStepParams {
   bool is_double, has_gate, has_final_norm;
   int64_t B, num_layers, H, D, W, mlp_width;  // W 0: no rank augmentation
   double eps, layer_norm_eps;
-  const void* x;                 // [B, C] rows, x_stride apart
-  void* out;                     // [B, C]
+  const void* x;  // [B, C] rows, x_stride apart
+  void* out;      // [B, C]
   int64_t x_stride;
   const void* weights;
-  const double* inv_freq;        // [H, D/2]
-  void* state;                   // [B, F] rows, state_stride apart: per layer kv, k_sum, conv
+  const double* inv_freq;  // [H, D/2]
+  void* state;             // [B, F] rows, state_stride apart: per layer kv, k_sum, conv
   int64_t state_stride;
-  const int64_t* position;       // [B]
-  const bool* active;            // [B] or nullptr: all
+  const int64_t* position;  // [B]
+  const bool* active;       // [B] or nullptr: all
 };
 
 constexpr int kUsersAtOnce = 4;  // users that share one pass over the weights in encoder_step
 
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
-// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step. Work items are independent of each other.
+// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step. Work items are
+// independent of each other.
 struct Kernels {
   const char* level;
   void (*gated_rela)(const GatedRelaParams&, int64_t begin, int64_t end);

@@ -39,8 +39,8 @@ RECGRELA_INLINE Vec<float> interleave_low(Vec<float> even, Vec<float> odd) {
   return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 RECGRELA_INLINE Vec<float> interleave_high(Vec<float> even, Vec<float> odd) {
-  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                 31);
+  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                 15, 31);
 }
 // One vector of 8 pairs -> [even members | odd members], and back.
 RECGRELA_INLINE Vec<float> split_pairs(Vec<float> x) {
@@ -66,7 +66,8 @@ RECGRELA_INLINE float sum_lanes(Vec<float> x) {
   typedef float Vec4 __attribute__((vector_size(16)));
   const Vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const Vec4 b =
+      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
@@ -74,8 +75,8 @@ RECGRELA_INLINE double sum_lanes(Vec<double> x) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// exp for float, within 1 unit in the last place on [-87, 88]; arguments outside are clamped, so the
-// result is never 0 nor infinite. libm's exp is not vectorised; this loop is. NaN stays NaN.
+// exp for float, within 1 unit in the last place on [-87, 88]; arguments outside are clamped, so
+// the result is never 0 nor infinite. libm's exp is not vectorised; this loop is. NaN stays NaN.
 RECGRELA_INLINE float exp_clamped(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
@@ -187,8 +188,8 @@ RECGRELA_INLINE float widen(Half x) {
   const uint32_t exponent = magnitude & 0x0f800000u;
   uint32_t bits = magnitude + (112u << 23);
   bits = exponent == 0x0f800000u ? bits + (112u << 23) : bits;  // infinity, NaN
-  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) -
-                                           bits_to_float(113u << 23));
+  const uint32_t subnormal =
+      float_to_bits(bits_to_float(magnitude + (113u << 23)) - bits_to_float(113u << 23));
   return bits_to_float((exponent == 0 ? subnormal : bits) | sign);
 }
 

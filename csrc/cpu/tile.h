@@ -1,22 +1,24 @@
 // What forward and backward share: one (sequence, head), a chunk of at most kChunk items at a time,
-// staged as rows of Dp = D rounded up to whole vectors, zeros behind D. Included by every level file.
+// staged as rows of Dp = D rounded up to whole vectors, zeros behind D. Included by every level
+// file.
 //
 // Keys are staged with the even members of the rotary pairs first, then the odd ones: the products
-// q.k do not care, and the rotation becomes two plain half-row loops. States use the same key order.
+// q.k do not care, and the rotation becomes two plain half-row loops. States use the same key
+// order.
 
 template <class A>
 struct Tile {
-  int n;                  // items in this chunk
+  int n;  // items in this chunk
   int64_t D, Dp, W;
-  A *phi_q, *phi_k;       // [kChunk, Dp]
-  A *rot_q, *rot_k;       // [kChunk, Dp]
-  A *cosines, *sines;     // [kChunk, Dp], see fill_rotation
-  A* values;              // [W-1 + kChunk, Dp]: row t + W - 1 is v_t
-  A* num;                 // [kChunk, Dp], then o
-  A* den;                 // [kChunk]
-  A* augmented;           // [kChunk, Dp], pre-activation, then a
-  A *kv, *k_sum;          // [rows(D), Dp], [Dp]: the running state
-  A *weight, *bias;       // [W, Dp], [Dp]
+  A *phi_q, *phi_k;    // [kChunk, Dp]
+  A *rot_q, *rot_k;    // [kChunk, Dp]
+  A *cosines, *sines;  // [kChunk, Dp], see fill_rotation
+  A* values;           // [W-1 + kChunk, Dp]: row t + W - 1 is v_t
+  A* num;              // [kChunk, Dp], then o
+  A* den;              // [kChunk]
+  A* augmented;        // [kChunk, Dp], pre-activation, then a
+  A *kv, *k_sum;       // [rows(D), Dp], [Dp]: the running state
+  A *weight, *bias;    // [W, Dp], [Dp]
 };
 
 // Rows a square state needs: whole vectors of scalars, so that fixed-size loops may read them.
@@ -266,9 +268,9 @@ void load_past_values(Tile<A>& tile, const GatedRelaParams& p, const Span& span,
   }
 }
 
-// The rotation of a chunk's items, in key order: cosines [c | c] and sines [-s | s] per row, so that
-// a turned row is x * cosines + swapped(x) * sines. The angle of row j is the chunk's start plus j
-// steps, added in double: right to float rounding at any position.
+// The rotation of a chunk's items, in key order: cosines [c | c] and sines [-s | s] per row, so
+// that a turned row is x * cosines + swapped(x) * sines. The angle of row j is the chunk's start
+// plus j steps, added in double: right to float rounding at any position.
 template <class A>
 void fill_rotation(Tile<A>& tile, const double* inv_freq, const double* step_rotation,
                    int64_t start) {

@@ -79,12 +79,10 @@ def check_parameters(
     H, D = q.shape[-2:]
     _tensor(op, "inv_freq", inv_freq)
     if inv_freq.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}"
-        )
+        raise ValueError(f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}")
     _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
     _same_device(op, "inv_freq", inv_freq, q)
-    if not (isinstance(eps, (float, int)) and math.isfinite(eps) and eps >= 0):
+    if not (isinstance(eps, (float, int)) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
     if conv_weight is None:
         if conv_bias is not None:
@@ -112,8 +110,7 @@ def check_state(op: str, name: str, state: Any, q: Tensor, B: int, width: int) -
     """A state tuple (kv, k_sum, conv, position) for B sequences of rows like q."""
     if not isinstance(state, tuple | list) or len(state) != 4:
         raise ValueError(
-            f"{op}: {name} must be a tuple (kv, k_sum, conv, position), "
-            f"got {type(state).__name__}"
+            f"{op}: {name} must be a tuple (kv, k_sum, conv, position), got {type(state).__name__}"
         )
     H, D = q.shape[-2:]
     acc = accumulate_dtype(q.dtype)

@@ -7,6 +7,7 @@ Plain PyTorch on every device: who needs second derivatives needs them right, se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,25 +32,22 @@ def second_gradients(
         grads: of the nine outputs of gated_rela_backward.
     """
     with torch.enable_grad():
-        leaves: list[Tensor | None] = list(tensors[:17])
+        # Any: an entry is None just where the operator's optional argument was.
+        leaves: list[Any] = list(tensors[:17])
         for i in (*_GRADS, *_INPUTS):
-            x = leaves[i]
-            if x is not None:
-                leaves[i] = x.detach().requires_grad_()
-        grad_final, q, k, v, gate, inv_freq, weight, bias, lengths, cu_seqlens = (
-            leaves[1:4], *leaves[4:13]
-        )  # fmt: skip
-        with_final = grad_final[0] is not None
+            if leaves[i] is not None:
+                leaves[i] = leaves[i].detach().requires_grad_()
+        with_final = leaves[1] is not None
         state = None if leaves[13] is None else tuple(leaves[13:17])
-        result = gated_rela(
-            q, k, v, gate, inv_freq, weight, bias, lengths, cu_seqlens, state, with_final, True, eps
-        )  # type: ignore[arg-type]
+        q, k, v, gate, inv_freq, weight, bias, lengths, cu_seqlens = leaves[4:13]
+        result: Any = gated_rela(q, k, v, gate, inv_freq, weight, bias, lengths, cu_seqlens, state,
+                                 with_final, True, eps)  # fmt: skip
         outputs = [result[0], *result[1][:3]] if with_final else [result]
         used = [i for i in _INPUTS if leaves[i] is not None]
         first = torch.autograd.grad(
             outputs,
-            [leaves[i] for i in used],  # type: ignore[misc]
-            [leaves[i] for i in _GRADS[: len(outputs)]],  # type: ignore[misc]
+            [leaves[i] for i in used],
+            [leaves[i] for i in _GRADS[: len(outputs)]],
             create_graph=True,
             allow_unused=True,
         )
@@ -61,8 +59,8 @@ def second_gradients(
         wanted = [i for i in (*_GRADS, *_INPUTS) if leaves[i] is not None]
         second = torch.autograd.grad(
             [gradient for gradient, _ in pairs],
-            [leaves[i] for i in wanted],  # type: ignore[misc]
-            [grad for _, grad in pairs],  # type: ignore[misc]
+            [leaves[i] for i in wanted],
+            [grad for _, grad in pairs],
             allow_unused=True,
         )
     found: list[Tensor | None] = [None] * 17

@@ -203,7 +203,11 @@ def reference_encoder_step(
     x = item_vectors
     for layer in rows.split(C * (D + 1 + kept), dim=1):
         kv, k_sum, conv = layer.split((C * D, C, kept * C), dim=1)
-        views = (kv.unflatten(1, (H, D, D)), k_sum.unflatten(1, (H, D)), conv.unflatten(1, (kept, C)))
+        views = (
+            kv.unflatten(1, (H, D, D)),
+            k_sum.unflatten(1, (H, D)),
+            conv.unflatten(1, (kept, C)),
+        )
         h = norm(x)
         gate = linear(h, C).view(-1, H, D) if packed.gate else None
         u = linear(h, C)

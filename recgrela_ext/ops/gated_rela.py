@@ -45,13 +45,13 @@ def gated_rela(
         q, k, v, gate: ``[B, L, H, D]``, D even, strided views welcome as long as the last dimension
             is contiguous; float32, float64, bfloat16 or float16. ``gate=None``: no gate.
         inv_freq: ``[H, D/2]`` radians per position, see :func:`inv_freq`. No gradient.
-        conv_weight, conv_bias: ``[H*D, W]`` and ``[H*D]``, W >= 1; both None: no rank augmentation.
-        lengths: ``[B]`` real items of each right-padded sequence, int64 or int32. What padding holds
-            never matters, NaN included; its outputs and gradients are exactly 0.
+        conv_weight, conv_bias: ``[H*D, W]`` and ``[H*D]``, W >= 1; None: no rank augmentation.
+        lengths: ``[B]`` real items of each right-padded sequence, int64 or int32. What padding
+            holds never matters, NaN included; its outputs and gradients are exactly 0.
         cu_seqlens: ``[B+1]`` starts of packed sequences, the last entry T; q, k, v, gate are then
             ``[T, H, D]``. Excludes ``lengths``.
-        initial_state: ``(kv [B, H, D, D], k_sum [B, H, D], conv [B, W-1, H*D], position [B] int64)``,
-            float32 (float64 for float64 rows), of the items before; never written to.
+        initial_state: ``(kv [B, H, D, D], k_sum [B, H, D], conv [B, W-1, H*D], position [B])`` of
+            the items before, float32 (float64 for float64 rows), position int64; never written to.
         return_final_state: also return the state after the last item, a new tuple.
         causal: False is the published bidirectional form, in plain PyTorch on every device, without
             states.
@@ -71,8 +71,9 @@ def gated_rela(
                    cu_seqlens, initial_state, return_final_state, causal, eps)  # fmt: skip
     if not causal or not _library.has_kernels(q.device):
         check_values("gated_rela", q, lengths, cu_seqlens)
-        return reference.gated_rela(q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths,
-                                    cu_seqlens, initial_state, return_final_state, causal, eps)  # fmt: skip
+        return reference.gated_rela(
+            q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths, cu_seqlens, initial_state,
+            return_final_state, causal, eps)  # fmt: skip
     acc = accumulate_dtype(q.dtype)
     inv_freq = inv_freq.detach().to(torch.float64).contiguous()
     conv_weight = None if conv_weight is None else conv_weight.to(acc).contiguous()

@@ -65,9 +65,7 @@ def inv_freq(
         return base ** (-(index % pairs) / pairs)
     if rotary == "none":
         return torch.zeros_like(index)
-    raise ValueError(
-        f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {rotary!r}"
-    )
+    raise ValueError(f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {rotary!r}")
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -122,10 +120,7 @@ def gated_rela(
 
     attend = _attend_causal if causal else _attend_bidirectional
     num, den, kv, k_sum = attend(phi_q, phi_k, rot_q, rot_k, v, kv, k_sum)
-    if causal:
-        count = phases + 1
-    else:
-        count = (position + lengths)[:, None].expand(B, L)
+    count = phases + 1 if causal else (position + lengths)[:, None].expand(B, L)
     # A bidirectional sequence without keys has no output; 1 keeps its masked rows finite.
     out = num / (den + eps * count.clamp(min=1)[:, :, None].to(acc))[..., None]
 
@@ -172,12 +167,14 @@ def gated_rela_step(
     active: Tensor | None = None,
 ) -> Tensor:
     """One item per sequence, ``[B, H, D]``; updates kv, k_sum and conv in place."""
-    one = [None if x is None else x.unsqueeze(1) for x in (q, k, v, gate)]
+    one_gate = None if gate is None else gate.unsqueeze(1)
     lengths = torch.ones(q.shape[0], dtype=torch.int64, device=q.device)
     if active is not None:
         lengths = lengths * active
-    out, final = gated_rela(*one, inv_freq, conv_weight, conv_bias, lengths, None, state,
-                            True, True, eps)  # fmt: skip
+    result = gated_rela(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), one_gate, inv_freq,
+                        conv_weight, conv_bias, lengths, None, state, True, True, eps)  # fmt: skip
+    assert isinstance(result, tuple)
+    out, final = result
     for old, new in zip(state[:3], final[:3], strict=True):
         old.copy_(new)
     return out.squeeze(1)
@@ -267,13 +264,16 @@ def _packed(
     steps = torch.arange(longest, device=q.device)
     real = steps < lengths[:, None]  # [B, L]
     row = torch.where(real, start[:-1, None] + steps, 0)
-    if q.shape[0] == 0:
-        padded = [None if x is None else x.new_zeros(*row.shape, *x.shape[1:]) for x in (q, k, v, gate)]
+    if q.shape[0] == 0:  # nothing to gather from: every sequence is empty
+        shape = (lengths.shape[0], *q.shape)
+        q, k, v = q.expand(shape), k.expand(shape), v.expand(shape)
+        gate = None if gate is None else gate.expand(shape)
     else:
-        padded = [None if x is None else x[row] for x in (q, k, v, gate)]
-    result = gated_rela(*padded, inv_freq, conv_weight, conv_bias, lengths, None, initial_state,
-                        return_final_state, causal, eps)  # fmt: skip
-    if not return_final_state:
+        q, k, v = q[row], k[row], v[row]
+        gate = None if gate is None else gate[row]
+    result = gated_rela(q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths, None,
+                        initial_state, return_final_state, causal, eps)  # fmt: skip
+    if isinstance(result, Tensor):
         return result[real]
     out, state = result
     return out[real], state

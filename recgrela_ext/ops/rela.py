@@ -36,7 +36,8 @@ def rela(
 ) -> Tensor | tuple[Tensor, State]:
     """Rotary-enhanced linear attention (RecGRELA, arXiv 2506.13315, section 3.2).
 
-        o_t = sum_{s<=t} (R_t phi(q_t) . R_s phi(k_s)) v_s / (sum_{s<=t} phi(q_t) . phi(k_s) + eps n_t)
+        num_t = sum_{s<=t} (R_t phi(q_t) . R_s phi(k_s)) v_s
+        o_t = num_t / (sum_{s<=t} phi(q_t) . phi(k_s) + eps n_t)
 
     Arguments, results and errors as :func:`recgrela_ext.ops.gated_rela` without gate and
     convolution; the state's conv is ``[B, 0, H*D]``.
@@ -165,9 +166,7 @@ def _fake_backward(
 
 
 if _library.KERNEL_DEVICES:
-    torch.library.register_autograd(
-        "recgrela::rela", _backward, setup_context=_save_for_backward
-    )
+    torch.library.register_autograd("recgrela::rela", _backward, setup_context=_save_for_backward)
     torch.library.register_autograd(
         "recgrela::rela_backward", _second_backward, setup_context=_save_for_second_backward
     )
