@@ -1,4 +1,4 @@
-"""The errors a user of the package can cause with files; both are ``ValueError``s with one clear line."""
+"""Errors a user can cause with files: each is a ``ValueError`` with one clear line."""
 
 from __future__ import annotations
 
