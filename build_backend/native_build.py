@@ -96,7 +96,7 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
     # --no-as-needed: the CUDA symbols of torch are reached through libtorch alone, and nothing
     # here names one directly. No rpath: torch is imported first and brings its libraries along.
     # libstdc++ comes first, because libtorch_cpu carries copies of some of its symbols.
-    torch_libraries = "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed".split()
+    torch_libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     libraries = ["-lstdc++", f"-L{torch.lib}", *torch_libraries, "-Wl,--exclude-libs,ALL"]
     libraries += toolkit.link_flags if toolkit else []
     library = link(lines, WORK / "librecgrela.so", objects, libraries)
