@@ -14,7 +14,7 @@ import dataclasses
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -140,6 +140,11 @@ class UserState:
             fingerprint,
             _Clock(position, 0),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `layers` are views: a copy makes its own from the copied buffer
+        parts = (self.buffer, self.position, self.hidden, self.layout, self.fingerprint)
+        return UserState, parts
 
     def __len__(self) -> int:
         return self.buffer.shape[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -62,6 +63,16 @@ def test_cat_clone_and_to(make_model: MakeModel) -> None:
         UserState.cat([])
     with pytest.raises(ValueError, match="must belong to one model"):
         UserState.cat([users, make_model().init_state(1)])
+
+
+def test_copies_step_like_the_original(make_model: MakeModel) -> None:
+    model = make_model()
+    users = model.prefill(ITEMS)
+    others = [copy.deepcopy(users), pickle.loads(pickle.dumps(users))]
+    want = model.step(torch.tensor([7, 8, 9]), users)
+    for other in others:
+        assert torch.equal(model.step(torch.tensor([7, 8, 9]), other), want)
+        assert torch.equal(other.buffer, users.buffer)
 
 
 @pytest.mark.parametrize(

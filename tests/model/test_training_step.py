@@ -186,7 +186,7 @@ def test_dropout_and_drop_path_act_while_training_alone(make_model: MakeModel) -
 
 def test_initial_weights() -> None:
     model = RecGRELA(RecGRELAConfig(n_items=2000))
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         if name.endswith("bias"):
             assert not parameter.any(), name
         elif "norm" in name:
@@ -246,3 +246,20 @@ def test_for_data_takes_the_facts_of_the_data() -> None:
     assert model.config.repeat_share == 0.25
     assert model.config.hidden_size == 8
     assert model.id_map is Train.id_map
+
+
+def test_distributed_data_parallel(make_model: MakeModel) -> None:
+    model = make_model(dropout=0.0, drop_path=0.0).train()
+    want = gradients(model, model.loss(ITEM_SEQ, LENGTHS, TARGETS))
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # an unused parameter would raise in the second step
+            model.zero_grad()
+            wrapped(ITEM_SEQ, LENGTHS, TARGETS).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name])
