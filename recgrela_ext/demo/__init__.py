@@ -1,0 +1,1 @@
+"""``python -m recgrela_ext.demo``: train for two minutes, compare, recommend, stream, draw."""
