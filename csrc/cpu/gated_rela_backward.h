@@ -16,10 +16,10 @@ struct BackwardTile {
   A *dnum, *dden;            // [kChunk, Dp], [kChunk]
   A *drot, *dphi, *dvalues;  // [kChunk, Dp]
   A* dpre;                   // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
-  A *later, *later_sum;      // T [Dp, Dp] and y [Dp]
-  A* transposed;             // [Dp, Dp]
-  A* k_sum_start;            // [Dp]
-  A *dweight, *dbias;        // [W, Dp], [Dp]
+  RunningState<A> later;     // T and y
+  A *transposed, *transposed_base;  // [Dp, Dp]
+  A* k_sum_start;                   // [Dp]
+  A *dweight, *dbias;               // [W, Dp], [Dp]
 };
 
 template <class A>
@@ -31,9 +31,9 @@ void lay_out(BackwardTile<A>& w, Scratch& scratch, const GatedRelaParams& p) {
   }
   w.dden = scratch.take<A>(kChunk);
   w.dpre = scratch.take<A>((kChunk + p.W - 1) * Dp);
-  w.later = scratch.take<A>(Dp * Dp);
-  w.later_sum = scratch.take<A>(Dp);
+  lay_out(w.later, scratch, Dp);
   w.transposed = scratch.take<A>(Dp * Dp);
+  w.transposed_base = scratch.take<A>(Dp * Dp);
   w.k_sum_start = scratch.take<A>(Dp);
   w.dweight = scratch.take<A>(p.W * Dp);
   w.dbias = scratch.take<A>(Dp);
@@ -107,22 +107,28 @@ void backward_keys(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const S
   const GatedRelaParams& f = p.forward;
   const int64_t D = f.D, Dp = tile.Dp;
   const A* values = tile.values + (f.W - 1) * Dp;
-  transpose(w.later, w.transposed, D, Dp);
-  scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, w.drot, tile.n, D);    // T_t v_t
-  scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later, w.dvalues, tile.n, D);  // T_t^T R phi(k_t)
+  const bool has_base = w.later.has_base;
+  transpose(w.later.kv, w.transposed, D, Dp);
+  if (has_base) transpose(w.later.kv_base, w.transposed_base, D, Dp);
+  scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, has_base ? w.transposed_base : nullptr,
+                w.drot, tile.n, D);  // T_t v_t
+  scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later.kv, has_base ? w.later.kv_base : nullptr,
+                w.dvalues, tile.n, D);  // T_t^T R phi(k_t)
   rotate_rows<true>(tile, w.drot, w.dphi);
   const int64_t nv = Dp / kLanes<A>;
-  V* y = reinterpret_cast<V*>(w.later_sum);
+  V* y = reinterpret_cast<V*>(w.later.k_sum);
+  const V* y_base = reinterpret_cast<const V*>(w.later.k_sum_base);
   V* dphi = reinterpret_cast<V*>(w.dphi);
   const V* phi_q = reinterpret_cast<const V*>(tile.phi_q);
   for (int t = tile.n - 1; t >= 0; --t) {
     for (int64_t m = 0; m < nv; ++m) {
       y[m] += w.dden[t] * phi_q[t * nv + m];
-      dphi[t * nv + m] += y[m];
+      dphi[t * nv + m] += y_base[m] + y[m];
     }
   }
   scale_by_slope(w.dphi, tile.phi_k, tile.n * Dp);
   store_keys(w.dphi, Dp, p.dk, f.dtype, span, t0, tile.n, h, D);
+  moved_on(w.later, tile.n, Dp);
 }
 
 // pre_t = bias + sum_j weight_j v_{t-W+1+j}, so v_t feeds pre_{t+W-1-j} through weight_j.
@@ -176,7 +182,7 @@ void store_grad_initial(BackwardTile<A>& w, const GatedRelaBackwardParams& p, co
   if (p.grad_initial.kv == nullptr) return;
   const GatedRelaParams& f = p.forward;
   const int64_t Dp = w.tile.Dp;
-  store_state(w.later, w.later_sum, p.grad_initial, b, h, f.D, Dp);
+  store_sum(w.later, p.grad_initial, b, h, f.D, Dp);
   for (int64_t r = 0; r < f.W - 1; ++r) {
     A* to = static_cast<A*>(p.grad_initial.conv) + b * p.grad_initial.conv_stride + r * f.H * f.D +
             h * f.D;
@@ -196,10 +202,11 @@ void load_saved(BackwardTile<A>& w, const GatedRelaParams& p, int64_t chunk, int
   const int64_t D = p.D, Dp = w.tile.Dp;
   const A* kv = static_cast<const A*>(p.saved_kv) + (chunk * p.H + h) * D * D;
   const A* k_sum = static_cast<const A*>(p.saved_k_sum) + (chunk * p.H + h) * D;
-  __builtin_memset(w.tile.kv, 0, std::size_t(Dp * Dp) * sizeof(A));
+  RunningState<A>& state = w.tile.state;
+  clear(state, Dp);
   for (int64_t i = 0; i < D; ++i) {
-    for (int64_t j = 0; j < D; ++j) w.tile.kv[i * Dp + j] = kv[i * D + j];
-    w.tile.k_sum[i] = w.k_sum_start[i] = k_sum[i];
+    for (int64_t j = 0; j < D; ++j) state.kv[i * Dp + j] = kv[i * D + j];
+    state.k_sum[i] = w.k_sum_start[i] = k_sum[i];
   }
 }
 
@@ -211,9 +218,9 @@ void backward_chunk(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const 
   const int64_t D = f.D, Dp = tile.Dp, past = f.W - 1;
   const int64_t position = (f.initial.position ? f.initial.position[b] : 0) + t0;
   load_saved(w, f, chunk, h);
-  transpose(tile.kv, w.transposed, D, Dp);
+  transpose(tile.state.kv, w.transposed, D, Dp);
   stage(tile, f, span, b, h, t0, n);
-  scan<A, false>(tile.rot_k, tile.values + past * Dp, tile.rot_q, tile.kv, tile.num, n, D);
+  scan<A, false>(tile.rot_k, tile.values + past * Dp, tile.rot_q, tile.state.kv, tile.num, n, D);
   normalise(tile, position + 1, f.eps);
   divide(tile);
   if (f.conv_weight) convolve(tile);
@@ -233,10 +240,12 @@ void backward_one(const GatedRelaBackwardParams& p, int64_t b, int64_t h, Backwa
   const GatedRelaParams& f = p.forward;
   const Span span = span_of(f, b);
   const int64_t Dp = w.tile.Dp, past = f.W - 1;
-  __builtin_memset(w.later, 0, std::size_t(Dp * Dp) * sizeof(A));
-  __builtin_memset(w.later_sum, 0, std::size_t(Dp) * sizeof(A));
+  clear(w.later, Dp);
   __builtin_memset(w.dpre, 0, std::size_t((kChunk + past) * Dp) * sizeof(A));
-  if (p.grad_final.kv) load_state(w.later, w.later_sum, p.grad_final, b, h, f.D, Dp);
+  if (p.grad_final.kv) {
+    load_state(w.later.kv_base, w.later.k_sum_base, p.grad_final, b, h, f.D, Dp);
+    w.later.has_base = true;
+  }
 
   const int64_t chunks = (span.length + kChunk - 1) / kChunk;
   for (int64_t c = chunks - 1; c >= 0; --c) {

@@ -16,9 +16,12 @@ void forward_one(const GatedRelaParams& p, int64_t b, int64_t h, Tile<A>& tile, 
   const Span span = span_of(p, b);
   const int64_t D = p.D, Dp = tile.Dp;
   const int64_t position = p.initial.position ? p.initial.position[b] : 0;
-  __builtin_memset(tile.kv, 0, std::size_t(Dp * Dp) * sizeof(A));
-  __builtin_memset(tile.k_sum, 0, std::size_t(Dp) * sizeof(A));
-  if (p.initial.kv) load_state(tile.kv, tile.k_sum, p.initial, b, h, D, Dp);
+  RunningState<A>& state = tile.state;
+  clear(state, Dp);
+  if (p.initial.kv) {
+    load_state(state.kv_base, state.k_sum_base, p.initial, b, h, D, Dp);
+    state.has_base = true;
+  }
   load_conv(tile, p, h);
 
   int64_t chunk = p.saved_kv ? first_chunk(p, b) : 0;
@@ -28,13 +31,17 @@ void forward_one(const GatedRelaParams& p, int64_t b, int64_t h, Tile<A>& tile, 
       A* kv = static_cast<A*>(p.saved_kv) + (chunk * p.H + h) * D * D;
       A* k_sum = static_cast<A*>(p.saved_k_sum) + (chunk * p.H + h) * D;
       for (int64_t i = 0; i < D; ++i) {
-        for (int64_t j = 0; j < D; ++j) kv[i * D + j] = tile.kv[i * Dp + j];
-        k_sum[i] = tile.k_sum[i];
+        for (int64_t j = 0; j < D; ++j) {
+          kv[i * D + j] = state.kv_base[i * Dp + j] + state.kv[i * Dp + j];
+        }
+        k_sum[i] = state.k_sum_base[i] + state.k_sum[i];
       }
     }
     stage(tile, p, span, b, h, t0, n);
-    scan<A, false>(tile.rot_k, tile.values + (p.W - 1) * Dp, tile.rot_q, tile.kv, tile.num, n, D);
+    scan<A, false>(tile.rot_k, tile.values + (p.W - 1) * Dp, tile.rot_q, state.kv,
+                   state.has_base ? state.kv_base : nullptr, tile.num, n, D);
     normalise(tile, position + t0 + 1, p.eps);
+    moved_on(state, n, Dp);
     divide(tile);
     if (p.conv_weight) {
       convolve(tile);
@@ -48,7 +55,7 @@ void forward_one(const GatedRelaParams& p, int64_t b, int64_t h, Tile<A>& tile, 
   }
   if (p.lengths) zero_rows<A>(p.out, p.dtype, span, span.length, p.L, h, D);
   if (p.final.kv) {
-    store_state(tile.kv, tile.k_sum, p.final, b, h, D, Dp);
+    store_sum(state, p.final, b, h, D, Dp);
     store_last_values(p, span, b, h, tile);
   }
 }

@@ -4,6 +4,10 @@ namespace recgrela {
 namespace RECGRELA_LEVEL {
 #include "simd.h"
 // keep this order
+#include "rows.h"
+// keep this order
+#include "running_state.h"
+// keep this order
 #include "tile.h"
 // keep this order
 #include "gated_rela_backward.h"

@@ -12,7 +12,9 @@ def cast_rows(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
     float64 rows are left alone, as torch's own operators do.
     """
     first = rows[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.device.type == "meta":
+        return rows
+    if not torch.is_autocast_enabled(first.device.type):
         return rows
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
