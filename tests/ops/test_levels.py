@@ -1,0 +1,125 @@
+"""Every instruction-set level on one machine, and what its inner loop is compiled to."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from recgrela_ext import _library, build_info
+
+pytestmark = pytest.mark.skipif(
+    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
+)
+ROOT = Path(__file__).parents[2]
+
+CHECK = """
+import sys, torch
+from recgrela_ext import build_info, ops
+from tests.ops.agreement import assert_agrees
+from tests.ops.problems import make_problem
+from tests.ops.test_gated_rela_step import stepwise
+
+torch.manual_seed(0)
+assert build_info()["cpu_level"] == sys.argv[1], build_info()
+state = {"state": True, "return_final_state": True}
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for D in (2, 8, 10, 16, 24, 32, 64, 136):
+        assert_agrees(make_problem(L=66, H=1, D=D, dtype=dtype, **state), ops.gated_rela)
+        assert_agrees(make_problem(L=3, D=D, dtype=dtype, **state), stepwise, backward=False)
+    assert_agrees(make_problem(packed=[65, 0, 3], dtype=dtype), ops.gated_rela)
+    assert_agrees(make_problem(L=65, lengths=[65, 2], dtype=dtype), ops.gated_rela)
+"""
+
+
+def run_at(level: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RECGRELA_CPU_LEVEL": level, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, level],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_level_is_right(level: str) -> None:
+    if level not in build_info()["cpu_levels"]:
+        pytest.skip(f"this machine cannot run {level}")
+    done = run_at(level, CHECK)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_unknown_level() -> None:
+    code = """
+import torch
+from recgrela_ext import build_info, ops
+assert build_info()["cpu_level"] is None
+x = torch.ones(1, 1, 1, 2)
+for _ in range(2):
+    try:
+        ops.rela(x, x, x, torch.ones(1, 1, dtype=torch.float64))
+    except ValueError as error:
+        print(error)
+"""
+    done = run_at("avx9000", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    levels = ",".join(build_info()["cpu_levels"])
+    line = f"RECGRELA_CPU_LEVEL must be one of {levels} on this machine, got avx9000\n"
+    assert done.stdout == line * 2
+
+
+def test_fastest_level_by_default() -> None:
+    done = run_at("", "import recgrela_ext; print(recgrela_ext.build_info()['cpu_level'])")
+    assert done.stdout.strip() == build_info()["cpu_levels"][-1], done.stderr
+
+
+@cache
+def disassembly() -> str:
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump was not found")
+    command = [objdump, "--disassemble", "--demangle", "--no-show-raw-insn", str(_library.LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def functions(level: str, name: str) -> dict[str, str]:
+    """Bodies by signature of the functions of a level whose name begins with ``name``."""
+    blocks = re.split(r"\n(?=[0-9a-f]+ <)", disassembly())
+    found = {}
+    for block in blocks:
+        head, _, body = block.partition("\n")
+        if f"recgrela::{level}::{name}" in head:
+            found[head] = body
+    if not found:
+        pytest.skip("the library is stripped, or built for another processor")
+    return found
+
+
+@pytest.mark.parametrize(("level", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
+@pytest.mark.parametrize("number", ["float", "double"])
+def test_the_scan_uses_wide_multiply_adds(level: str, register: str, number: str) -> None:
+    """A loop the compiler silently left scalar is several times slower and still right."""
+    scans = {h: b for h, b in functions(level, "scan").items() if f"<{number}" in h}
+    assert scans
+    for head, body in scans.items():
+        wide = len(re.findall(rf"vfn?madd\w+p[sd]\s.*%{register}", body))
+        assert wide >= 2, f"{head} has {wide} multiply-adds on {register}"
+
+
+@pytest.mark.parametrize("wide", ["zmm", "ymm"])
+def test_baseline_runs_anywhere(wide: str) -> None:
+    bodies = "".join(functions("baseline", "").values())
+    assert f"%{wide}" not in bodies
+    assert "vfmadd" not in bodies
+    if wide == "zmm":
+        assert "%zmm" not in "".join(functions("avx2", "").values())
