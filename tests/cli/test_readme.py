@@ -1,0 +1,92 @@
+"""What the README shows works, and its results section is what the committed files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from recgrela_ext.cli.parser import build_parser
+from recgrela_ext.data.synthetic import make_synthetic
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    path = ROOT / "benchmarks" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_eight_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pandas = pytest.importorskip("pandas", reason="the README reads a CSV file with pandas")
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+    imports, lines = code.split("\n\n")
+    assert len(lines.splitlines()) == 8
+    log, _ = make_synthetic(60, 120, mean_length=8)
+    columns = {"user": log.user_ids[log.user], "item": log.item_ids[log.item]}
+    monkeypatch.chdir(tmp_path)
+    pandas.DataFrame({**columns, "timestamp": log.time}).to_csv("plays.csv", index=False)
+    assert "minutes=30" in lines
+    exec(imports + "\n" + lines.replace("minutes=30", "steps=1"), {})
+    assert "user 42" in capsys.readouterr().out
+    assert (tmp_path / "my-model" / "model.safetensors").exists()
+
+
+def test_commands_are_understood() -> None:
+    commands = re.findall(r"^ {4}recgrela (.+)$", README, re.M)
+    assert len(commands) > 4
+    for command in commands:
+        build_parser().parse_args(command.split())
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_results_are_up_to_date(tables: ModuleType) -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_tables(tables: ModuleType, tmp_path: Path) -> None:
+    metrics = dict.fromkeys(tables.COLUMNS, 0.25)
+    result: dict[str, Any] = {
+        "model": "RecGRELA", "variant": "causal", "data": "tiny", "order": "file", "split": "test",
+        "target_sha256": "ab" * 32, "seeds": [0, 1], "per_seed": [], "mean": metrics, "seconds": 1,
+        "targets": 1234, "baselines": {"Markov": {"seen_included/ndcg@10": 0.125}},
+        "machine": {"threads": 2, "processor": "abacus", "torch": "2.13"},
+    }  # fmt: skip
+    (tmp_path / "tiny.json").write_text(json.dumps(result))
+    (tmp_path / "speed.json").write_text(json.dumps({"kernel": "rela"}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "**tiny**, order `file`, test: 1,234 targets, sha256 `abababababab`" in text
+    assert "| [RecGRELA, causal](benchmarks/results/tiny.json) | 2 | 0.2500 | 0.2500 |" in text
+    assert "| Markov |  |  | 0.1250 |" in text
+    assert "2 threads of abacus, torch 2.13" in text
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        tables.main(arguments)
