@@ -84,7 +84,8 @@ double dot(const Values& a, const Values& b) {
   return sum;
 }
 
-Values expected_output(const Problem& p) {
+// `bare`: the attention alone, without rank augmentation and gate.
+Values expected_output(const Problem& p, bool bare = false) {
   Values out(B * L * H * D, 0.0);
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t h = 0; h < H; ++h) {
@@ -99,13 +100,18 @@ Values expected_output(const Problem& p) {
           denominator += dot(plain_q, features(p, p.k, b, s, h, false));
         }
         for (int64_t d = 0; d < D; ++d) {
+          const double attention = numerator[d] / denominator;
+          if (bare) {
+            out[at(b, t, h, d)] = attention;
+            continue;
+          }
           double conv = p.bias[h * D + d];
           for (int64_t j = 0; j < W; ++j) {
             const int64_t s = t - W + 1 + j;
             if (s >= 0) conv += p.weight[(h * D + d) * W + j] * p.v[at(b, s, h, d)];
           }
           const double gate = silu(p.gate[at(b, t, h, d)]);
-          out[at(b, t, h, d)] = gate * (numerator[d] / denominator + silu(conv));
+          out[at(b, t, h, d)] = gate * (attention + silu(conv));
         }
       }
     }
@@ -190,6 +196,90 @@ void test_forward(const Problem& p, const char* type, double limit) {
   expect(error <= limit, std::string("forward, ") + type, error);
   const double padding = largest_on_padding(run.out);
   expect(padding == 0, std::string("zero on the padding, ") + type, padding);
+}
+
+template <typename T>
+void test_bare(const Problem& p, const char* type, double limit) {
+  Run<T> run(p);
+  run.params.gate = {};
+  run.params.conv_weight = run.params.conv_bias = nullptr;
+  run.params.W = 1;
+  kernels().gated_rela(run.params, 0, B * H);
+  const double error = distance(run.out, expected_output(p, true));
+  expect(error <= limit, std::string("without gate and convolution, ") + type, error);
+}
+
+// Three calls, the later ones from the state the call before left: the whole's outputs and state.
+template <typename T>
+void test_continued(const Problem& p, const char* type, double limit) {
+  Run<T> whole(p), parts(p);
+  kernels().gated_rela(whole.params, 0, B * H);
+  const int64_t bounds[] = {0, 2, 66, L};
+  for (int part = 0; part < 3; ++part) {
+    const int64_t start = bounds[part], end = bounds[part + 1];
+    int64_t position[B], lengths[B];
+    for (int64_t b = 0; b < B; ++b) {
+      position[b] = std::min(start, kLengths[b]);
+      lengths[b] = std::min(end, kLengths[b]) - position[b];
+    }
+    const auto from = [&](std::vector<T>& values) {
+      Rows rows = parts.rows(values);
+      rows.data = values.data() + start * H * D;
+      return rows;
+    };
+    std::vector<T> kv = parts.kv, k_sum = parts.k_sum, conv = parts.conv;
+    GatedRelaParams params = parts.params;
+    params.L = end - start;
+    params.lengths = lengths;
+    params.q = from(parts.q), params.k = from(parts.k), params.v = from(parts.v);
+    params.gate = from(parts.gate), params.out = from(parts.out);
+    params.saved_kv = params.saved_k_sum = nullptr;
+    params.initial = params.final;
+    params.initial.kv = kv.data(), params.initial.k_sum = k_sum.data();
+    params.initial.conv = conv.data(), params.initial.position = position;
+    kernels().gated_rela(params, 0, B * H);
+  }
+  const auto compare = [&](const char* name, const std::vector<T>& got, const std::vector<T>& all) {
+    const double error = distance(got, Values(all.begin(), all.end()));
+    expect(error <= limit, std::string("continued, ") + name + ", " + type, error);
+  };
+  compare("output", parts.out, whole.out);
+  compare("kv state", parts.kv, whole.kv);
+  compare("k_sum state", parts.k_sum, whole.k_sum);
+  compare("conv state", parts.conv, whole.conv);
+}
+
+// The same sequences end to end, [T, H, D] with cu_seqlens: the same bits, and nothing written
+// outside [begin, end).
+template <typename T>
+void test_packed(const Problem& p, const char* type) {
+  Run<T> padded(p), packed(p);
+  kernels().gated_rela(padded.params, 0, B * H);
+  int64_t starts[B + 1] = {};
+  for (int64_t b = 0; b < B; ++b) starts[b + 1] = starts[b] + kLengths[b];
+  for (std::vector<T>* rows : {&packed.q, &packed.k, &packed.v, &packed.gate}) {
+    for (int64_t b = 1; b < B; ++b) {
+      const auto from = rows->begin() + at(b, 0, 0, 0);
+      std::copy(from, from + kLengths[b] * H * D, rows->begin() + starts[b] * H * D);
+    }
+  }
+  packed.params.L = 0;
+  packed.params.lengths = nullptr;
+  packed.params.cu_seqlens = starts;
+  packed.params.saved_kv = packed.params.saved_k_sum = nullptr;
+  for (int64_t item = B * H - 1; item >= 0; --item) {
+    kernels().gated_rela(packed.params, item, item + 1);
+  }
+  int64_t different = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < kLengths[b] * H * D; ++i) {
+      different += packed.out[starts[b] * H * D + i] != padded.out[at(b, 0, 0, 0) + i];
+    }
+  }
+  for (size_t i = starts[B] * H * D; i < packed.out.size(); ++i) {
+    different += !std::isnan(packed.out[i]);
+  }
+  expect(different == 0, std::string("packed, ") + type, static_cast<double>(different));
 }
 
 // Item by item from an empty state: the same outputs, and the forward's final state.
@@ -302,6 +392,12 @@ int main() {
   const Problem p = random_problem();
   test_forward<double>(p, "double", 1e-12);
   test_forward<float>(p, "float", 2e-5);
+  test_bare<double>(p, "double", 1e-12);
+  test_bare<float>(p, "float", 2e-5);
+  test_continued<double>(p, "double", 1e-12);
+  test_continued<float>(p, "float", 2e-5);
+  test_packed<double>(p, "double");
+  test_packed<float>(p, "float");
   test_step<double>(p, "double", 1e-12);
   test_step<float>(p, "float", 2e-5);
   test_backward(p);
