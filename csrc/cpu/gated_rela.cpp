@@ -1,5 +1,7 @@
 // gated_rela and its backward on the CPU: checks, memory, threads. The loops are in
 // gated_rela_forward.h and gated_rela_backward.h.
+#include "gated_rela.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -33,13 +35,13 @@ void sum_groups(const Tensor& partial, const Tensor& total, int64_t groups) {
 
 }  // namespace
 
-ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
-                             OptionalTensor conv_weight, OptionalTensor conv_bias,
-                             OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
-                             OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position,
-                             double eps, bool return_final_state, bool save_for_backward) {
-  const SequenceArgs args{"gated_rela", q,  k,     v,    gate,     conv_weight, conv_bias, lengths,
-                          cu_seqlens,   kv, k_sum, conv, position, inv_freq,    eps};
+ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, OptionalTensor gate,
+                          Tensor inv_freq, OptionalTensor conv_weight, OptionalTensor conv_bias,
+                          OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+                          OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position,
+                          double eps, bool return_final_state, bool save_for_backward) {
+  const SequenceArgs args{op,         q,  k,     v,    gate,     conv_weight, conv_bias, lengths,
+                          cu_seqlens, kv, k_sum, conv, position, inv_freq,    eps};
   const Dims d = check_sequence(args);
   const bool packed = cu_seqlens.has_value();
   const Tensor step_rotation = new_empty(q, {d.H, kChunk, d.D}, ScalarType::Double);
@@ -75,13 +77,13 @@ ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, 
   return {out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum};
 }
 
-BackwardResult gated_rela_backward_cpu(
-    Tensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, OptionalTensor grad_conv,
-    Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq, OptionalTensor conv_weight,
-    OptionalTensor conv_bias, OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
-    OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position, Tensor saved_kv,
-    Tensor saved_k_sum, double eps, bool state_grad) {
-  const char* op = "gated_rela_backward";
+BackwardResult run_backward(const char* op, Tensor grad_out, OptionalTensor grad_kv,
+                            OptionalTensor grad_k_sum, OptionalTensor grad_conv, Tensor q, Tensor k,
+                            Tensor v, OptionalTensor gate, Tensor inv_freq,
+                            OptionalTensor conv_weight, OptionalTensor conv_bias,
+                            OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+                            OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position,
+                            Tensor saved_kv, Tensor saved_k_sum, double eps, bool state_grad) {
   const SequenceArgs args{op,         q,  k,     v,    gate,     conv_weight, conv_bias, lengths,
                           cu_seqlens, kv, k_sum, conv, position, inv_freq,    eps};
   const Dims d = check_sequence(args);
@@ -149,6 +151,27 @@ BackwardResult gated_rela_backward_cpu(
   }
   if (!conv_bias) dbias = none(q, d.acc);
   return {dq, dk, dv, dgate, dweight, dbias, dkv, dk_sum, dconv};
+}
+
+ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
+                             OptionalTensor conv_weight, OptionalTensor conv_bias,
+                             OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+                             OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position,
+                             double eps, bool return_final_state, bool save_for_backward) {
+  return run_forward("gated_rela", q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths,
+                     cu_seqlens, kv, k_sum, conv, position, eps, return_final_state,
+                     save_for_backward);
+}
+
+BackwardResult gated_rela_backward_cpu(
+    Tensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, OptionalTensor grad_conv,
+    Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq, OptionalTensor conv_weight,
+    OptionalTensor conv_bias, OptionalTensor lengths, OptionalTensor cu_seqlens, OptionalTensor kv,
+    OptionalTensor k_sum, OptionalTensor conv, OptionalTensor position, Tensor saved_kv,
+    Tensor saved_k_sum, double eps, bool state_grad) {
+  return run_backward("gated_rela_backward", grad_out, grad_kv, grad_k_sum, grad_conv, q, k, v,
+                      gate, inv_freq, conv_weight, conv_bias, lengths, cu_seqlens, kv, k_sum, conv,
+                      position, saved_kv, saved_k_sum, eps, state_grad);
 }
 
 }  // namespace recgrela

@@ -4,6 +4,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
+#include "gated_rela.h"
 
 namespace recgrela {
 namespace {
@@ -27,9 +28,9 @@ RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTenso
                     OptionalTensor position, double eps, bool return_final_state,
                     bool save_for_backward) {
   check_state("rela", kv);
-  auto [out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum] = gated_rela_cpu(
-      q, k, v, std::nullopt, inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv, k_sum,
-      empty_conv(q, kv), position, eps, return_final_state, save_for_backward);
+  auto [out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum] = run_forward(
+      "rela", q, k, v, std::nullopt, inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv,
+      k_sum, empty_conv(q, kv), position, eps, return_final_state, save_for_backward);
   return {out, final_kv, final_k_sum, saved_kv, saved_k_sum};
 }
 
@@ -40,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rela_backward_cpu(
     bool state_grad) {
   check_state("rela_backward", kv);
   check_state("rela_backward", grad_kv);
-  auto [dq, dk, dv, dgate, dweight, dbias, dkv, dk_sum, dconv] = gated_rela_backward_cpu(
-      grad_out, grad_kv, grad_k_sum, empty_conv(q, grad_kv), q, k, v, std::nullopt, inv_freq,
-      std::nullopt, std::nullopt, lengths, cu_seqlens, kv, k_sum, empty_conv(q, kv), position,
-      saved_kv, saved_k_sum, eps, state_grad);
+  auto [dq, dk, dv, dgate, dweight, dbias, dkv, dk_sum, dconv] =
+      run_backward("rela_backward", grad_out, grad_kv, grad_k_sum, empty_conv(q, grad_kv), q, k, v,
+                   std::nullopt, inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv,
+                   k_sum, empty_conv(q, kv), position, saved_kv, saved_k_sum, eps, state_grad);
   return {dq, dk, dv, dkv, dk_sum};
 }
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .grela_block import GRELABlock, sequence_of_rows
+from .packing import PackedCache
 from .rela import State
 
 
@@ -39,6 +41,7 @@ class GRELAEncoder(nn.Module):
         )
         eps = block.get("layer_norm_eps", 1e-6)
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps) if final_norm else None
+        self._packed = PackedCache()
 
     def forward(
         self,
@@ -112,6 +115,14 @@ class GRELAEncoder(nn.Module):
             assert isinstance(layer, GRELABlock)
             x = layer.step(x, layer_state, active)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def packed_weights(self) -> ops.PackedEncoder | None:
+        """The weights for `ops.encoder_step`, which does all layers of an event in one call.
+
+        A copy, made again after a weight changed. None where the configuration has no fused step
+        (another activation, selector "balance", V projection, half precision, no residuals).
+        """
+        return self._packed.get(self)
 
     def _masked(
         self, x: Tensor, mask: Tensor, state: Sequence[State] | None, return_state: bool

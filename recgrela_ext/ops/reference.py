@@ -70,7 +70,9 @@ def inv_freq(
 
 def feature_map(x: Tensor) -> Tensor:
     """phi(x) = elu(x) + 1, without the cancellation of computing it that way. Any shape."""
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+    # The inner where keeps exp from overflowing into a NaN gradient; a clamp would have gradient 0
+    # at 0 in some versions of torch.
+    return torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0.0, x)))
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:

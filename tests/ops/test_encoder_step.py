@@ -1,0 +1,157 @@
+"""encoder_step against its reference and against the layers it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recgrela_ext import GRELAEncoder, ops
+from recgrela_ext.layers import packing
+from recgrela_ext.ops.encoder_step import reference_encoder_step
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+OPTIONS = {
+    "default": {},
+    "odd widths": {"hidden_size": 40},
+    "wide": {"hidden_size": 128, "num_heads": 2, "num_layers": 1},
+    "final norm": {"final_norm": True},
+    "without gate": {"gate": False},
+    "without rank augmentation": {"rank_augmentation": False},
+    "convolution of width 1": {"conv_width": 1},
+    "per-head rotary": {"rotary": "per_head"},
+}
+
+
+def make_encoder(dtype: torch.dtype, **options: object) -> GRELAEncoder:
+    encoder = GRELAEncoder(**{"num_layers": 2, **options}).to(dtype).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return encoder
+
+
+def make_state(packed: ops.PackedEncoder, users: int) -> tuple[Tensor, Tensor]:
+    rows = torch.zeros(users, packed.state_size, dtype=packed.weights.dtype)
+    return rows, torch.zeros(users, dtype=torch.int64)
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    return float((x - y).abs().max() / y.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@torch.no_grad()
+def test_agrees_with_the_layers_and_the_reference(options: dict, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    encoder = make_encoder(dtype, **options)
+    packed = packing.pack(encoder)
+    users = 6  # more than one block of users
+    x = torch.randn(users, 9, encoder.hidden_size, dtype=dtype)
+    expected = encoder(x)
+    state, other = make_state(packed, users), make_state(packed, users)
+    for t in range(x.shape[1]):
+        out = ops.encoder_step(x[:, t], packed, state)
+        assert relative(out, expected[:, t]) < TOLERANCE[dtype]
+        assert relative(out, reference_encoder_step(x[:, t], packed, other)) < TOLERANCE[dtype]
+        state[1].add_(1)
+        other[1].add_(1)
+    assert relative(state[0], other[0]) < TOLERANCE[dtype]
+
+
+@torch.no_grad()
+def test_inactive_users_stay_untouched() -> None:
+    packed = packing.pack(make_encoder(torch.float32))
+    rows, position = make_state(packed, 5)
+    rows.normal_().abs_()
+    before, version = rows.clone(), rows._version
+    active = torch.tensor([True, False, True, False, False])
+    out = ops.encoder_step(torch.randn(5, 64), packed, (rows, position), active)
+    assert torch.equal(rows[~active], before[~active])
+    assert not torch.equal(rows[active], before[active])
+    assert torch.equal(out[~active], torch.zeros(3, 64))
+    assert rows._version > version
+
+
+@torch.no_grad()
+def test_rows_of_a_larger_pool() -> None:
+    """A view with a batch stride is updated in place, and nothing beside it."""
+    packed = packing.pack(make_encoder(torch.float32))
+    pool = torch.zeros(3, packed.state_size + 10)
+    position = torch.zeros(3, dtype=torch.int64)
+    x = torch.randn(3, 64)
+    out = ops.encoder_step(x, packed, (pool[:, : packed.state_size], position))
+    plain = make_state(packed, 3)
+    assert torch.equal(out, ops.encoder_step(x, packed, plain))
+    assert torch.equal(pool[:, : packed.state_size], plain[0])
+    assert torch.equal(pool[:, packed.state_size :], torch.zeros(3, 10))
+
+
+@torch.no_grad()
+def test_one_users_nan_stays_there() -> None:
+    packed = packing.pack(make_encoder(torch.float32))
+    x = torch.randn(6, 64)
+    clean, dirty = make_state(packed, 6), make_state(packed, 6)
+    expected = ops.encoder_step(x, packed, clean)
+    x[2] = torch.nan
+    out = ops.encoder_step(x, packed, dirty)
+    others = torch.arange(6) != 2
+    assert torch.equal(out[others], expected[others])
+    assert torch.equal(dirty[0][others], clean[0][others])
+
+
+def test_opcheck() -> None:
+    packed = packing.pack(make_encoder(torch.float32))
+    rows, position = make_state(packed, 2)
+    torch.library.opcheck(
+        torch.ops.recgrela.encoder_step.default,
+        (torch.randn(2, 64), packed.weights, packed.inv_freq, rows, position, None,
+         packed.num_layers, packed.mlp_width, packed.conv_width, packed.gate, packed.final_norm,
+         packed.eps, packed.layer_norm_eps),
+    )  # fmt: skip
+
+
+def test_weights_are_packed_again_after_a_change() -> None:
+    encoder = make_encoder(torch.float32)
+    first = encoder.packed_weights()
+    assert first is not None
+    assert encoder.packed_weights() is first
+    with torch.no_grad():
+        encoder.layers[1].mlp.fc2.bias.add_(1.0)
+    second = encoder.packed_weights()
+    assert second is not None
+    assert not torch.equal(first.weights, second.weights)
+    encoder.layers[0].in_proj.weight = torch.nn.Parameter(torch.zeros(64, 64))
+    third = encoder.packed_weights()
+    assert third is not None
+    assert not torch.equal(third.weights, second.weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"selector": "balance"}, {"gate_activation": "relu"}, {"v_projection": True},
+     {"mlp_activation": "silu"}, {"residual": False}, {"causal": False}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_no_packed_weights_for_other_configurations(options: dict) -> None:
+    assert make_encoder(torch.float32, **options).packed_weights() is None
+
+
+def test_bad_inputs() -> None:
+    packed = packing.pack(make_encoder(torch.float32))
+    rows, position = make_state(packed, 2)
+    x = torch.randn(2, 64)
+    cases = [
+        ((x[:, :63], (rows, position)), r"item_vectors must have shape \[2, 64\], got \[2, 63\]"),
+        ((x.double(), (rows, position)), "item_vectors must have dtype torch.float32"),
+        ((x, (rows[:, 1:], position)), "state must have shape"),
+        ((x, (rows, position[:1])), "position must have shape"),
+        ((x, (rows, position.int())), "position must have dtype torch.int64"),
+    ]
+    for (vectors, state), message in cases:
+        with pytest.raises(ValueError, match=message):
+            ops.encoder_step(vectors, packed, state)
+    with pytest.raises(RuntimeError, match="must not require a gradient"):
+        ops.encoder_step(x.requires_grad_(), packed, (rows, position))
