@@ -16,7 +16,7 @@ SEED = 0
 EVENTS = 10
 SHARE_OF_ORACLE = 0.8
 MODEL = {"num_layers": 2, "max_seq_len": 150}
-RECIPE = {"schedule": "linear", "patience": None, "seed": SEED}
+RECIPE = {"lr": 3e-3, "schedule": "linear", "patience": None, "seed": SEED}
 
 
 def main(argv: list[str] | None = None) -> int:
