@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
-from .autocast import cast_rows
+from .autocast import cast_rows, full_precision
 from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .reference import State, accumulate_dtype
@@ -71,9 +71,10 @@ def gated_rela(
                    cu_seqlens, initial_state, return_final_state, causal, eps)  # fmt: skip
     if not causal or not _library.has_kernels(q.device):
         check_values("gated_rela", q, lengths, cu_seqlens)
-        return reference.gated_rela(
-            q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths, cu_seqlens, initial_state,
-            return_final_state, causal, eps)  # fmt: skip
+        with full_precision(q):
+            return reference.gated_rela(
+                q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths, cu_seqlens,
+                initial_state, return_final_state, causal, eps)  # fmt: skip
     acc = accumulate_dtype(q.dtype)
     inv_freq = inv_freq.detach().to(torch.float64).contiguous()
     conv_weight = None if conv_weight is None else conv_weight.to(acc).contiguous()

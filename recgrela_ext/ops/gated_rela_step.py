@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
-from .autocast import cast_rows
+from .autocast import cast_rows, full_precision
 from .checks import check_parameters, check_rows, check_state
 from .gated_rela import needs_gradient
 from .reference import State, accumulate_dtype
@@ -66,8 +66,9 @@ def gated_rela_step(
         )
     kv, k_sum, conv, position = state
     if not _library.has_kernels(q.device):
-        return reference.gated_rela_step(q, k, v, gate, inv_freq, conv_weight, conv_bias, state,
-                                         eps, active)  # fmt: skip
+        with full_precision(q):
+            return reference.gated_rela_step(q, k, v, gate, inv_freq, conv_weight, conv_bias,
+                                             state, eps, active)  # fmt: skip
     acc = accumulate_dtype(q.dtype)
     out = torch.ops.recgrela.gated_rela_step(
         q, k, v, gate,

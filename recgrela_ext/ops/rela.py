@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
-from .autocast import cast_rows
+from .autocast import cast_rows, full_precision
 from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .gated_rela import _fake_backward as _fake_gated_backward
@@ -47,8 +47,9 @@ def rela(
                    initial_state, return_final_state, causal, eps)  # fmt: skip
     check_values("rela", q, lengths, cu_seqlens)  # the kernels would name gated_rela
     if not causal or not _library.has_kernels(q.device):
-        return reference.rela(q, k, v, inv_freq, lengths, cu_seqlens, initial_state,
-                              return_final_state, causal, eps)  # fmt: skip
+        with full_precision(q):
+            return reference.rela(q, k, v, inv_freq, lengths, cu_seqlens, initial_state,
+                                  return_final_state, causal, eps)  # fmt: skip
     inv_freq = inv_freq.detach().to(torch.float64).contiguous()
     lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

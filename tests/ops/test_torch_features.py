@@ -296,8 +296,11 @@ def test_fake_step() -> None:
         assert (out.shape, out.dtype) == (row.shape, row.dtype)
 
 
-def test_autocast() -> None:
-    """Rows are cast, states and parameters are not; the state leaves in float32."""
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])
+def test_autocast(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cast; states, parameters and every sum are not."""
+    if not kernels:
+        monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
     problem = make_problem(L=70, dtype=torch.float32, state=True, return_final_state=True)
     half = problem.map_floats(lambda x: x.bfloat16(), lambda x: x)
     expected = outputs(half.run(ops.gated_rela))
@@ -312,6 +315,14 @@ def test_autocast() -> None:
     found["out"].float().sum().backward()
     assert leaf.q.grad is not None
     assert leaf.q.grad.dtype == torch.float32
+
+
+def test_autocast_bidirectional() -> None:
+    problem = make_problem(L=70, dtype=torch.float32, causal=False)
+    half = problem.map_floats(lambda x: x.bfloat16(), lambda x: x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = problem.run(ops.gated_rela)
+    assert_same_bits("out", out, half.run(ops.gated_rela))
 
 
 def test_autocast_step_and_rela() -> None:
