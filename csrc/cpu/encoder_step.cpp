@@ -8,6 +8,8 @@
 namespace recgrela {
 namespace {
 
+constexpr int64_t kMostLayers = 1024, kMostWidth = 1 << 24;  // no product of sizes overflows
+
 int64_t count_weights(int64_t layers, int64_t C, int64_t W, int64_t M, bool gate, bool final_norm) {
   const int64_t linear = (gate ? C * C + C : 0) + (C * C + C) + (2 * C * C + 2 * C) + (C * C + C);
   const int64_t conv = W > 0 ? C * W + C : 0;
@@ -33,6 +35,10 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
   RECGRELA_CHECK(num_layers >= 1 && mlp_width >= 1 && conv_width >= 0, op,
                  ": num_layers and mlp_width must be at least 1 and conv_width at least 0, got ",
                  num_layers, ", ", mlp_width, " and ", conv_width);
+  RECGRELA_CHECK(num_layers <= kMostLayers && C <= kMostWidth && mlp_width <= kMostWidth &&
+                     conv_width <= kMostWidth,
+                 op, ": num_layers must be at most ", kMostLayers, " and every width at most ",
+                 kMostWidth, ", got ", num_layers, ", ", C, ", ", mlp_width, " and ", conv_width);
   const int64_t kept = conv_width > 0 ? conv_width - 1 : 0;
   const int64_t row = num_layers * C * (D + 1 + kept);
   check_dense(op, "inv_freq", inv_freq, {H, D / 2}, ScalarType::Double, x);

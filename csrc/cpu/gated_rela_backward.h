@@ -252,7 +252,8 @@ void backward_one(const GatedRelaBackwardParams& p, int64_t b, int64_t h, Backwa
     const int64_t t0 = c * kChunk;
     const int n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
     if (c < chunks - 1) {
-      for (int64_t i = 0; i < past * Dp; ++i) w.dpre[kChunk * Dp + i] = w.dpre[i];
+      // The two ranges overlap where W - 1 > kChunk.
+      __builtin_memmove(w.dpre + kChunk * Dp, w.dpre, std::size_t(past * Dp) * sizeof(A));
     }
     backward_chunk(w, p, span, b, h, t0, n, first_chunk(f, b) + c);
   }

@@ -72,7 +72,7 @@ void step_conv(StepRows<A>& w, const A* window, const A* weight, const A* bias, 
     A pre = bias ? bias[d] : A(0);
     for (int64_t j = 0; j + 1 < W; ++j) pre += weight[d * W + j] * window[j * width + d];
     pre += weight[d * W + W - 1] * w.v[d];
-    w.out[d] += pre * sigmoid(pre);
+    w.out[d] += silu(pre);
   }
 }
 

@@ -110,6 +110,20 @@ RECGRELA_INLINE A sigmoid(A x) {
   return A(1) / (A(1) + exp_clamped(-x));
 }
 
+// Where SiLU has reached 0. Without the floor the sigmoid, which never gets to 0, would leave
+// something of a huge negative x.
+template <class A>
+RECGRELA_INLINE A silu_floor(A x) {
+  constexpr A kFloor = sizeof(A) == sizeof(float) ? A(-87) : A(-700);
+  return x < kFloor ? kFloor : x;
+}
+
+template <class A>
+RECGRELA_INLINE A silu(A x) {
+  x = silu_floor(x);
+  return x * sigmoid(x);
+}
+
 // phi(x) = x + 1 above 0, exp(x) below; its derivative is min(phi(x), 1).
 template <class A>
 RECGRELA_INLINE A feature_map(A x) {
@@ -133,12 +147,12 @@ RECGRELA_NOINLINE void scale_by_slope(A* __restrict x, const A* __restrict phi, 
 // out += SiLU(pre)
 template <class A>
 RECGRELA_NOINLINE void add_silu(A* __restrict out, const A* __restrict pre, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] += pre[i] * sigmoid(pre[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] += silu(pre[i]);
 }
 // out *= SiLU(gate)
 template <class A>
 RECGRELA_NOINLINE void scale_by_silu(A* __restrict out, const A* __restrict gate, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] *= gate[i] * sigmoid(gate[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] *= silu(gate[i]);
 }
 // y = SiLU(gate) * o:  dgate = dy * o * SiLU'(gate),  d(o) = dy * SiLU(gate)
 template <class A>
@@ -146,9 +160,9 @@ RECGRELA_NOINLINE void differentiate_gate(A* __restrict dgate, A* __restrict d_o
                                           const A* __restrict dy, const A* __restrict o,
                                           const A* __restrict gate, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const A s = sigmoid(gate[i]);
-    dgate[i] = dy[i] * o[i] * (s * (A(1) + gate[i] * (A(1) - s)));
-    d_o[i] = dy[i] * (gate[i] * s);
+    const A g = silu_floor(gate[i]), s = sigmoid(g);
+    dgate[i] = dy[i] * o[i] * (s * (A(1) + g * (A(1) - s)));
+    d_o[i] = dy[i] * (g * s);
   }
 }
 // a = SiLU(pre):  dpre = da * SiLU'(pre)
@@ -156,8 +170,8 @@ template <class A>
 RECGRELA_NOINLINE void differentiate_silu(A* __restrict dpre, const A* __restrict da,
                                           const A* __restrict pre, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const A s = sigmoid(pre[i]);
-    dpre[i] = da[i] * (s * (A(1) + pre[i] * (A(1) - s)));
+    const A x = silu_floor(pre[i]), s = sigmoid(x);
+    dpre[i] = da[i] * (s * (A(1) + x * (A(1) - s)));
   }
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
-from .gated_rela import needs_gradient
+from .gated_rela import forward_mode, needs_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,8 @@ def encoder_step(
             "call it under torch.no_grad()"
         )
     p = packed_weights
-    if item_vectors.device.type not in _library.KERNEL_DEVICES or item_vectors.is_cuda:
+    kernel = item_vectors.device.type in _library.KERNEL_DEVICES and not item_vectors.is_cuda
+    if not kernel or forward_mode():
         return reference_encoder_step(item_vectors, packed_weights, state, active)
     out = torch.ops.recgrela.encoder_step(
         item_vectors, p.weights, p.inv_freq, rows, position, active, p.num_layers, p.mlp_width,

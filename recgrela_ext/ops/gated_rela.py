@@ -69,7 +69,7 @@ def gated_rela(
     q, k, v, gate = cast_rows(q, k, v, gate)  # type: ignore[assignment]
     check_sequence("gated_rela", q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths,
                    cu_seqlens, initial_state, return_final_state, causal, eps)  # fmt: skip
-    if not causal or not _library.has_kernels(q.device):
+    if not causal or not _library.has_kernels(q.device) or forward_mode():
         check_values("gated_rela", q, lengths, cu_seqlens)
         with full_precision(q):
             return reference.gated_rela(
@@ -96,6 +96,11 @@ def gated_rela(
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operator on these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def forward_mode() -> bool:
+    """Inside forward-mode differentiation, where a kernel would silently drop the tangents."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def final_position(

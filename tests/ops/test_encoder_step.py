@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recgrela_ext import GRELAEncoder, ops
+from recgrela_ext import GRELAEncoder, _library, ops
 from recgrela_ext.layers import packing
 from recgrela_ext.ops.encoder_step import reference_encoder_step
 
@@ -137,6 +137,16 @@ def test_weights_are_packed_again_after_a_change() -> None:
 )  # fmt: skip
 def test_no_packed_weights_for_other_configurations(options: dict) -> None:
     assert make_encoder(torch.float32, **options).packed_weights() is None
+
+
+@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+def test_sizes_that_overflow() -> None:
+    """2^62 layers need 0 elements modulo 2^64."""
+    with pytest.raises(ValueError, match="num_layers must be at most 1024"):
+        torch.ops.recgrela.encoder_step(
+            torch.randn(1, 4), torch.zeros(0), torch.ones(1, 2, dtype=torch.float64),
+            torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64), None,
+            2**62, 4, 0, False, False, 1e-6, 1e-6)  # fmt: skip
 
 
 def test_bad_inputs() -> None:

@@ -68,6 +68,12 @@ CASES: dict[str, dict[str, Any]] = {
     "convolution of width 1": {"L": 70, "W": 1, "state": True, "return_final_state": True},
     "convolution of width 2": {"L": 70, "W": 2, "state": True, "return_final_state": True},
     "convolution of width 9": {"L": 70, "W": 9, "state": True, "return_final_state": True},
+    "convolution wider than a chunk": {
+        "L": 200,
+        "W": 140,
+        "state": True,
+        "return_final_state": True,
+    },
     "neither gate nor convolution": {"L": 70, "gate": False, "W": 0},
     "large eps": {"L": 70, "eps": 0.3},
     "eps 0": {"L": 70, "eps": 0.0},
@@ -80,6 +86,21 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_modes(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert_agrees(make_problem(**options, dtype=dtype), ops.gated_rela)
+
+
+@pytest.mark.parametrize("name", ["gate", "conv_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+def test_silu_of_huge_numbers(name: str, dtype: torch.dtype) -> None:
+    """SiLU and its slope are 0 far below 0."""
+    problem = make_problem(L=5, dtype=dtype)
+    x = getattr(problem, name)
+    x.view(-1)[::3] = torch.finfo(dtype).min / 4
+    problem = problem.requiring_grad()
+    wanted = problem.run(ops.reference.gated_rela).double()
+    out = problem.run(ops.gated_rela)
+    torch.testing.assert_close(out.double(), wanted, rtol=0.01, atol=1e-6)
+    (slope,) = torch.autograd.grad(out.sum(), getattr(problem, name))
+    assert slope.view(-1)[::3].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("start", [1_000_003, 2**40])

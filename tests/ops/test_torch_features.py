@@ -82,6 +82,29 @@ def test_gradchecks_of_rela(name: str) -> None:
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["plain", "packed with state"])
+@pytest.mark.parametrize("rela", [False, True], ids=["gated_rela", "rela"])
+def test_forward_mode(name: str, rela: bool) -> None:
+    """Tangents are right, not dropped."""
+    problem = small(**MODES[name] | ({"W": 0} if rela else {}))
+
+    def call(*rows: Tensor) -> tuple[Tensor, ...]:
+        changed = problem.but(**dict(zip(ROWS[:3], rows, strict=True)))
+        found = outputs(changed.run_rela(ops.rela) if rela else changed.run(ops.gated_rela))
+        return tuple(x for x in found.values() if x.is_floating_point())
+
+    rows = (problem.q, problem.k, problem.v)
+    tangents = tuple(torch.randn_like(x) for x in rows)
+    tangent = torch.func.jvp(call, rows, tangents)[1]
+    step = 1e-6
+    after, before = (
+        call(*(x + sign * step * t for x, t in zip(rows, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    for found, x, y in zip(tangent, after, before, strict=True):
+        torch.testing.assert_close(found, (x - y) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 def test_gradcheck_over_a_chunk() -> None:
     call, leaves = of_leaves(small(B=1, L=66, D=2))
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
