@@ -15,12 +15,26 @@ if TYPE_CHECKING:
 
 def can_pack(encoder: GRELAEncoder) -> bool:
     """Whether one operator can do a whole event: the fused model, in float32 or float64."""
-    return all(_is_fused(layer) for layer in encoder.layers)
+    norm = encoder.final_norm
+    return (norm is None or _is_plain(norm)) and all(_is_fused(layer) for layer in encoder.layers)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether weight and bias say all: not so for adapters, quantised layers, or with hooks."""
+    plain = type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _affine_modules(layer: Any) -> list[nn.Module]:
+    modules = (layer.norm1, layer.modulator.gate_proj, layer.in_proj, layer.attention.qk_proj,
+               layer.out_proj, layer.norm2, layer.mlp.fc1, layer.mlp.fc2)  # fmt: skip
+    return [module for module in modules if module is not None]
 
 
 def _is_fused(layer: Any) -> bool:
     return (
-        layer.residual
+        all(_is_plain(module) for module in _affine_modules(layer))
+        and layer.residual
         and layer.modulator.fused
         and layer.modulator.selector == "silu"
         and layer.attention.causal
@@ -66,31 +80,43 @@ def _weights(layer: Any) -> ops.EncoderLayer:
 
 
 class PackedCache:
-    """The packed weights of one encoder, made again when a parameter was changed or replaced.
+    """The packed weights of one encoder, made again when a parameter or module was changed.
 
-    Asking costs microseconds: the modules are listed once, their parameters looked at each time.
+    Asking costs microseconds: the modules are listed once, what they hold is looked at each time.
     """
 
     def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+        self._modules: list[nn.Module] = []  # kept alive, so that no id comes back
+        self._parameters: list[dict[str, Any]] = []
+        self._children: list[dict[str, Any]] = []
+        self._hooks: list[dict[int, Any]] = []
         self._key: tuple[Any, ...] | None = None
         self._packed: ops.PackedEncoder | None = None
 
     def get(self, encoder: GRELAEncoder) -> ops.PackedEncoder | None:
         """None where the encoder's configuration has no fused step."""
-        if not self._modules:
-            self._modules = list(encoder.modules())
-        key = tuple(
-            (id(p), p.data_ptr(), p._version)
-            for module in self._modules
-            for p in module._parameters.values()
-            if p is not None
-        )
-        if key != self._key:
-            self._modules = list(encoder.modules())
+        key = self._look()
+        if key != self._key or self._key is None:
+            self._list(encoder)
             self._packed = pack(encoder) if can_pack(encoder) else None
-            self._key = key
+            self._key = self._look()
         return self._packed
+
+    def _list(self, encoder: GRELAEncoder) -> None:
+        modules = self._modules = list(encoder.modules())
+        self._parameters = [m._parameters for m in modules if m._parameters]
+        self._children = [m._modules for m in modules if m._modules]
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def _look(self) -> tuple[Any, ...]:
+        parameters = [
+            (id(p), p.data_ptr(), p._version)
+            for held in self._parameters
+            for p in held.values()
+            if p is not None
+        ]
+        children = [id(child) for held in self._children for child in held.values()]
+        return parameters, children, any(self._hooks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
         return PackedCache()

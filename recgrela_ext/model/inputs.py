@@ -32,14 +32,14 @@ def read_batch(
     """Check one batch and bring it to right-padded form; values are checked on the CPU alone."""
     if padding_side not in ("right", "left"):
         raise ValueError(f"{caller}: padding_side must be right or left, got {padding_side!r}")
+    check_integers(caller, "item_seq", item_seq)
     if item_seq.dim() != 2:
         raise ValueError(f"{caller}: item_seq must be [B, L], got {list(item_seq.shape)}")
-    _check_integers(caller, "item_seq", item_seq)
     B, L = item_seq.shape
     if item_seq_len is None:
         lengths = (item_seq != config.padding_idx).sum(1)
     else:
-        _check_integers(caller, "item_seq_len", item_seq_len)
+        check_integers(caller, "item_seq_len", item_seq_len)
         if item_seq_len.shape != (B,):
             raise ValueError(
                 f"{caller}: item_seq_len must be [{B}], got {list(item_seq_len.shape)}"
@@ -62,7 +62,10 @@ def values_are_checked(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_integers(caller: str, name: str, x: Tensor) -> None:
+def check_integers(caller: str, name: str, x: Tensor) -> None:
+    """TypeError for anything but an int64 or int32 tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{caller}: {name} must be int64 or int32, got {x.dtype}")
 
@@ -102,8 +105,9 @@ def check_ids(caller: str, name: str, config: RecGRELAConfig, items: Tensor) -> 
 
 def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Batch) -> Tensor:
     """Checked targets, right-padded [B, L], or [B] where only the last position may have one."""
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{caller}: targets must be int64, got {targets.dtype}")
+    got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+    if got != torch.int64:
+        raise TypeError(f"{caller}: targets must be int64 in a tensor, got {got}")
     B, L = batch.items.shape
     if targets.shape not in ((B, L), (B,)):
         raise ValueError(
@@ -134,10 +138,10 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
 
 def check_packed(caller: str, config: RecGRELAConfig, items: Tensor, cu_seqlens: Tensor) -> None:
     """Shapes and types; on the CPU also the ids and that the bounds ascend from 0 to T."""
+    check_integers(caller, "item_ids", items)
+    check_integers(caller, "cu_seqlens", cu_seqlens)
     if items.dim() != 1:
         raise ValueError(f"{caller}: item_ids must be [T], got {list(items.shape)}")
-    _check_integers(caller, "item_ids", items)
-    _check_integers(caller, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{caller}: cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
     if not values_are_checked(cu_seqlens):

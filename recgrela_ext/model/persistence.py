@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from .config import RecGRELAConfig
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ _NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_shar
 
 def fingerprint(model: RecGRELA) -> bytes:
     """16 bytes, computed again only when a weight was replaced or written to."""
-    tensors = dict(model.state_dict(keep_vars=True).items())
+    # A quantised layer's state holds more than tensors.
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors.values())
     cached = model.__dict__.get("_fingerprint")
     if cached is None or cached[0] != key:
@@ -61,6 +63,16 @@ def fingerprint(model: RecGRELA) -> bytes:
         model.__dict__["_fingerprint"] = cached
     found: bytes = cached[1]
     return found
+
+
+def last_fingerprint_is(model: RecGRELA, expected: bytes) -> bool:
+    """Whether `expected` is the model's fingerprint.
+
+    Cheap enough for every event: the weights are looked at only when it is not the one known last,
+    so a change of the weights since then goes unnoticed.
+    """
+    cached = model.__dict__.get("_fingerprint")
+    return (cached is not None and cached[1] == expected) or fingerprint(model) == expected
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -94,7 +106,7 @@ def from_pretrained(
     folder = Path(folder)
     try:
         fields = json.loads(_read(folder / CONFIG_FILE))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / CONFIG_FILE} must be JSON: {error}") from None
@@ -114,19 +126,30 @@ def from_pretrained(
     if config.id_map_file is not None:
         from ..data import IdMap
 
-        model.id_map = IdMap.load(folder / config.id_map_file)
+        try:
+            model.id_map = IdMap.load(folder / config.id_map_file)
+        except DataError as error:
+            raise CheckpointError(str(error)) from None
     return model if device is None else model.to(device)
 
 
 def from_reference(
     cls: type[RecGRELA], state_dict: Mapping[str, Any], num_heads: int = 4
 ) -> RecGRELA:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"from_reference: state_dict must be a dict of tensors, got {type(state_dict).__name__}"
+        )
     inner = state_dict.get("state_dict")
     tensors: Mapping[str, Tensor] = inner if isinstance(inner, Mapping) else state_dict
     weights: dict[str, Tensor] = {}
     max_seq_len, layers = RecGRELAConfig.max_seq_len, 0
     for name, tensor in tensors.items():
-        name = name.removeprefix("module.")
+        name = str(name).removeprefix("module.")
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"from_reference: {name} must be a tensor, got {type(tensor).__name__}"
+            )
         if name in _PUBLISHED_TOP:
             weights[_PUBLISHED_TOP[name]] = tensor
             continue
@@ -145,16 +168,22 @@ def from_reference(
             weights[f"{prefix}{_PUBLISHED_BLOCK[part]}.{kind}"] = tensor
         else:
             raise CheckpointError(f"from_reference: {name} must be a published name, got another")
-    for needed in ("item_embedding.weight", "encoder.layers.0.modulator.conv_weight"):
-        if needed not in weights:
-            raise CheckpointError(f"from_reference: state_dict must hold {needed}, got none")
-    table = weights["item_embedding.weight"]
+    needed = ("item_embedding.weight", "encoder.layers.0.modulator.conv_weight")
+    for name in needed:
+        if name not in weights:
+            raise CheckpointError(f"from_reference: state_dict must hold {name}, got none")
+    table, taps = (weights[name] for name in needed)
+    if table.dim() != 2 or taps.dim() != 2:
+        raise CheckpointError(
+            "from_reference: item_embedding.weight must be [n_items, hidden_size] and "
+            f"conv1d.weight [hidden_size, 1, W], got {list(table.shape)} and {list(taps.shape)}"
+        )
     config = RecGRELAConfig.paper(
         n_items=table.shape[0],
         hidden_size=table.shape[1],
         num_layers=layers,
         num_heads=num_heads,
-        conv_width=weights["encoder.layers.0.modulator.conv_weight"].shape[1],
+        conv_width=taps.shape[1],
         max_seq_len=max_seq_len,
     )
     return _filled(cls, config, weights, "from_reference: state_dict")
@@ -164,6 +193,18 @@ def _filled(
     cls: type[RecGRELA], config: RecGRELAConfig, weights: Mapping[str, Tensor], source: str
 ) -> RecGRELA:
     """A model with these weights in their own dtype, in evaluation mode."""
+    table = weights.get("item_embedding.weight")
+    sizes = [config.rows, config.hidden_size]
+    # Before a model of absurd sizes is made.
+    if table is not None and list(table.shape) != sizes:
+        raise CheckpointError(
+            f"{source}: item_embedding.weight must be {sizes}, got {list(table.shape)}"
+        )
+    if config.num_layers > len(weights):
+        raise CheckpointError(
+            f"{source} must hold this configuration's weights, but has {len(weights)} tensors for "
+            f"{config.num_layers} layers"
+        )
     with torch.device("meta"):
         model = cls(config)
     wanted = {name: t.shape for name, t in model.state_dict().items()}
@@ -175,6 +216,10 @@ def _filled(
         if weights[name].shape != shape:
             raise CheckpointError(
                 f"{source}: {name} must be {list(shape)}, got {list(weights[name].shape)}"
+            )
+        if not weights[name].is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} must have a floating dtype, got {weights[name].dtype}"
             )
     device = weights["item_embedding.weight"].device
     model = model.to_empty(device=device).to(weights["item_embedding.weight"].dtype)

@@ -18,11 +18,11 @@ from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
 from .retrieval import Recommendations, top_k
+from .seen import SeenItems
 from .state import StateLayout, UserState
 
 if TYPE_CHECKING:
     from ..data import IdMap, Sequences
-    from .seen import SeenItems
 
 _PACK_BELOW = 0.95  # share of real items from which packing is not worth a copy
 _MANY_REPEATS = 0.01  # share of repeated events from which seen items stay recommendable
@@ -358,7 +358,7 @@ class RecGRELA(nn.Module):
         [B, S] filled up with padding; None leaves nothing out.
         """
         streaming.check_state(self, "RecGRELA.recommend_from_state", state)
-        if seen is not None and not isinstance(seen, Tensor):
+        if isinstance(seen, SeenItems):
             seen = seen.padded(self.config.padding_idx, state.buffer.device)
         return self._top_k(state.hidden, k, seen, candidates)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ELEMENTS = 1 << 22  # scores (or gathered table elements) held at once
 
 
@@ -176,12 +177,16 @@ def _check(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"recommend: k must be an int of at least 1, got {k!r}")
     users = hidden.shape[0]
+    for name, x in (("seen", seen), ("candidates", candidates)):
+        if x is None:
+            continue
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        if got not in _INTEGERS:
+            raise TypeError(f"recommend: {name} must be integers in a tensor, got {got}")
     if seen is not None and (seen.dim() != 2 or seen.shape[0] != users):
         raise ValueError(f"recommend: seen must be [{users}, S], got {list(seen.shape)}")
     if candidates is None:
         return
-    if candidates.is_floating_point() or candidates.dtype == torch.bool:
-        raise TypeError(f"recommend: candidates must be integers, got {candidates.dtype}")
     if candidates.dim() not in (1, 2) or (candidates.dim() == 2 and len(candidates) != users):
         raise ValueError(
             f"recommend: candidates must be [C] or [{users}, C], got {list(candidates.shape)}"

@@ -14,6 +14,7 @@ from . import blob as storage
 
 STATE_MAGIC = b"RGUS"
 _MAGIC = b"RGSI"
+_LAST_ROW = np.iinfo(np.int32).max
 _OFFSET = struct.Struct("<I")
 
 
@@ -30,9 +31,11 @@ class SeenItems:
 
     @classmethod
     def from_lists(cls, items: Iterable[Sequence[int] | np.ndarray]) -> SeenItems:
-        """One user for every sequence of item rows."""
+        """One user for every sequence of item rows; ValueError or TypeError for other values."""
         seen = cls(0)
-        seen._users = [_User(_sorted(row)) for row in items]
+        for row in map(np.asarray, items):
+            _check_rows("SeenItems.from_lists", row)
+            seen._users.append(_User(_sorted(row)))
         return seen
 
     @classmethod
@@ -71,8 +74,7 @@ class SeenItems:
                 f"SeenItems.add: items must be [{len(self)}] or [{len(self)}, n], "
                 f"got {list(new.shape)}"
             )
-        if new.dtype.kind not in "iu" and new.size:
-            raise TypeError(f"SeenItems.add: items must be integers, got {new.dtype}")
+        _check_rows("SeenItems.add", new)
         for user, row in zip(self._users, new.reshape(len(self), -1), strict=True):
             user.add(_sorted(row[row != padding_idx]))
 
@@ -124,6 +126,19 @@ class _User:
         fresh[inside] = self.ids[place[inside]] != items[inside]
         if fresh.any():
             self.ids = np.insert(self.ids, place[fresh], items[fresh])
+
+
+def _check_rows(caller: str, items: np.ndarray) -> None:
+    """Item rows, which are kept as int32."""
+    if not items.size:
+        return
+    if items.dtype.kind not in "iu":
+        raise TypeError(f"{caller}: items must be integers, got {items.dtype}")
+    low, high = int(items.min()), int(items.max())
+    if low < 0 or high > _LAST_ROW:
+        raise ValueError(
+            f"{caller}: items must lie in 0..{_LAST_ROW}, got {low if low < 0 else high}"
+        )
 
 
 def _sorted(items: Sequence[int] | np.ndarray) -> np.ndarray:

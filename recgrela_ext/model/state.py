@@ -225,6 +225,10 @@ class UserState:
             StateError: a value does not fit in float16.
         """
         one = self[i]
+        if seen is not None and len(seen) != len(self):
+            raise ValueError(
+                f"UserState.to_bytes: seen must hold {len(self)} users, got {len(seen)}"
+            )
         row, hidden = one.buffer[0].detach().cpu(), one.hidden[0].detach().cpu()
         dtype = _dtype(row.dtype if dtype is None else dtype)
         data = storage.pack(row, dtype, self.layout.head_dim) + storage.raw_bytes(hidden)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import inputs
+from . import inputs, persistence
 from .state import StateLayout, UserState
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ def check_state(model: RecGRELA, caller: str, state: UserState, users: int | Non
         raise TypeError(f"{caller}: state must be a UserState, got {type(state).__name__}")
     if state.layout != layout(model):
         raise ValueError(f"{caller}: state must have the sizes of this model, got {state.layout}")
+    if not persistence.last_fingerprint_is(model, state.fingerprint):
+        raise ValueError(
+            f"{caller}: state must come from this model, got one of other weights or another "
+            "configuration"
+        )
     if users is not None and len(state) != users:
         raise ValueError(f"{caller}: state must hold {users} users, got {len(state)}")
 
@@ -111,10 +116,9 @@ def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | 
 def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
     config = model.config
     caller = "RecGRELA.step"
+    inputs.check_integers(caller, "items", items)
     if items.dim() != 1:
         raise ValueError(f"{caller}: items must be [B], got {list(items.shape)}")
-    if items.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{caller}: items must be int64 or int32, got {items.dtype}")
     check_state(model, caller, state, items.shape[0])
     inputs.check_ids(caller, "items", config, items)
     real = items != config.padding_idx

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import prune
 
 from recgrela_ext import GRELAEncoder, _library, ops
 from recgrela_ext.layers import packing
@@ -127,6 +128,45 @@ def test_weights_are_packed_again_after_a_change() -> None:
     third = encoder.packed_weights()
     assert third is not None
     assert not torch.equal(third.weights, second.weights)
+
+
+def changed_encoder(change: str) -> GRELAEncoder:
+    """An encoder whose packed weights were asked for before a part of it was changed."""
+    encoder = make_encoder(torch.float32)
+    assert encoder.packed_weights() is not None
+    layer = encoder.layers[0]
+    if change == "layer":
+        encoder.layers[0] = make_encoder(torch.float32).layers[0]
+    elif change == "adapter":
+        layer.out_proj = Adapter(layer.out_proj)
+    elif change == "hook":
+        layer.mlp.fc1.register_forward_hook(lambda module, x, out: 2 * out)
+    else:
+        prune.l1_unstructured(layer.in_proj, "weight", 0.5)
+    return encoder
+
+
+class Adapter(torch.nn.Module):
+    """What adapters look like: the weight of the layer they wrap, and more."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x
+
+
+@pytest.mark.parametrize("change", ["layer", "adapter", "hook", "prune"])
+@torch.no_grad()
+def test_changed_modules_are_noticed(change: str) -> None:
+    encoder = changed_encoder(change)
+    packed = encoder.packed_weights()
+    assert (packed is not None) == (change == "layer")
+    if packed is not None:
+        x, state = torch.randn(2, 64), make_state(packed, 2)
+        expected = encoder(x[:, None])[:, 0]
+        assert relative(ops.encoder_step(x, packed, state), expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
