@@ -2,17 +2,20 @@
 
     model = RecGRELA.from_reference(published_state_dict("RecGRELA.pth"), num_heads=4)
 
-RecBole pickles its configuration object beside the weights, with a pickle protocol that
-``torch.load(weights_only=True)`` does not read. Here such a file is read with an allow-list of the
-same spirit: tensors and plain containers are built, whatever else it names becomes an empty object,
-and nothing it names is imported or called.
+RecBole pickles its configuration object beside the weights, which `torch.load(weights_only=True)`
+refuses; with weights_only=False it would run whatever the file asks for, TorchScript included. So
+the file is read here, with an allow-list: tensors and plain containers are built, all else it names
+becomes an empty object, and nothing it names is imported or called.
 """
 
 from __future__ import annotations
 
+import collections
+import io
 import os
 import pickle
-from types import SimpleNamespace
+import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +23,17 @@ from torch import Tensor
 
 from recgrela_ext.errors import CheckpointError
 
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 
 
@@ -46,33 +56,62 @@ class _Inert:
         pass
 
 
+def _tensor(
+    storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
+) -> Tensor:
+    return storage.as_strided(size, stride, offset)  # raises beyond the storage's end
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+}
+
+
 class _ListedUnpickler(pickle.Unpickler):
-    """torch.load derives from this class and adds the storages of tensors."""
+    """Reads `<root>/data.pkl` of an archive; the bytes of storage n lie in `<root>/data/n`."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise ValueError("it is no checkpoint of torch.save")
+        super().__init__(io.BytesIO(archive.read(names[0])), encoding="utf-8")
+        self._archive = archive
+        self._root = names[0].removesuffix("data.pkl")
 
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in _ALLOWED else _Inert
+        return _ALLOWED.get((module, name), _Inert)
 
-
-_LISTED = SimpleNamespace(
-    __name__="pickle",
-    Unpickler=_ListedUnpickler,
-    UnpicklingError=pickle.UnpicklingError,
-    load=lambda file, **options: _ListedUnpickler(file, **options).load(),
-)
+    def persistent_load(self, saved: Any) -> Tensor:
+        _, dtype, key, *_ = saved  # "storage", type, key, device, numel
+        data = self._archive.read(f"{self._root}data/{key}")
+        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
 
 
 def published_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Weights of a RecBole checkpoint (``.pth``) or of a plain state dict, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, torn, or holds no state dict.
+        CheckpointError: the file is missing, torn, holds no state dict, or is no zip archive (older
+            than torch 1.6).
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_LISTED)
+        with zipfile.ZipFile(path) as archive:
+            content = _ListedUnpickler(archive).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"published_state_dict: cannot read {path}: {reason}") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
         raise CheckpointError(f"published_state_dict: {path} must hold a state dict of tensors")
     return dict(weights)

@@ -70,10 +70,40 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path, protocol: int, zipped: boo
         pickle_protocol=protocol,
         _use_new_zipfile_serialization=zipped,
     )
-    assert torch.equal(published_state_dict(path)["bias"], torch.ones(2))
+    if zipped:
+        assert torch.equal(published_state_dict(path)["bias"], torch.ones(2))
+    else:  # the format before torch 1.6
+        with pytest.raises(CheckpointError, match="not a zip file"):
+            published_state_dict(path)
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists()  # so the trap works
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.load hands such an archive to torch.jit.load, which runs its __setstate__."""
+    path = tmp_path / "model.pth"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("loaded as code"))
+    with pytest.raises(CheckpointError, match="must hold a state dict"):
+        published_state_dict(path)
+
+
+def test_dtypes_views_and_parameters(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    weights = {
+        "view": base.t()[1:],
+        "parameter": torch.nn.Parameter(base.bfloat16()),
+        "count": torch.tensor(7),
+        "mask": base > 5,
+        "none": torch.empty(0, 3),
+    }
+    torch.save(weights, tmp_path / "model.pth")
+    found = published_state_dict(tmp_path / "model.pth")
+    for name, x in weights.items():
+        assert found[name].dtype == x.dtype
+        assert torch.equal(found[name], x)
 
 
 def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
