@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import full_precision
 from .reference import gated_rela
 
 # Positions of the differentiable tensors among the inputs of gated_rela_backward, and for each of
@@ -31,7 +32,9 @@ def second_gradients(
         eps: as in the forward.
         grads: of the nine outputs of gated_rela_backward.
     """
-    with torch.enable_grad():
+    rows = tensors[4]
+    assert rows is not None
+    with torch.enable_grad(), full_precision(rows):
         # Any: an entry is None just where the operator's optional argument was.
         leaves: list[Any] = list(tensors[:17])
         for i in (*_GRADS, *_INPUTS):

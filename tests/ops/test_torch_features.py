@@ -348,6 +348,18 @@ def test_autocast_bidirectional() -> None:
     assert_same_bits("out", out, half.run(ops.gated_rela))
 
 
+def test_autocast_does_not_reach_second_derivatives() -> None:
+    problem = small(dtype=torch.float32).requiring_grad()
+    (first,) = torch.autograd.grad(
+        problem.run(ops.gated_rela).square().sum(), problem.q, create_graph=True
+    )
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(first.sum(), problem.k, retain_graph=True)[0])
+    assert_same_bits("second derivative", found[1], found[0])
+
+
 def test_autocast_step_and_rela() -> None:
     problem = make_problem(2, 1, dtype=torch.float32, gate=False, W=0)
     state = make_state(2, 2, 8, 1, torch.float32)
