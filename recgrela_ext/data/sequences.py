@@ -106,6 +106,8 @@ class IdMap:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"IdMap.load: no such file: {path}") from None
+        except OSError as error:
+            raise DataError(f"IdMap.load: {path} must be readable: {error.strerror}") from None
         except ValueError as error:
             raise DataError(f"IdMap.load: {path} must be a JSON id map, got {error}") from None
         if not isinstance(content, dict) or content.get("format") != _ID_MAP_FORMAT:
@@ -115,11 +117,14 @@ class IdMap:
                 f"IdMap.load: {path} must have version {_ID_MAP_VERSION}, "
                 f"got {content.get('version')}"
             )
-        titles = content["item_titles"]
-        if titles is not None:
-            pairs = zip(content["item_ids"], titles, strict=True)
-            titles = {raw: title for raw, title in pairs if title is not None}
-        return cls(_id_array(content["user_ids"]), _id_array(content["item_ids"]), titles)
+        try:
+            titles = content["item_titles"]
+            if titles is not None:
+                pairs = zip(content["item_ids"], titles, strict=True)
+                titles = {raw: title for raw, title in pairs if title is not None}
+            return cls(_id_array(content["user_ids"]), _id_array(content["item_ids"]), titles)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"IdMap.load: {path} must hold ids and titles, got {error!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +300,10 @@ def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:
     wanted = np.asarray(raw)
     if wanted.dtype.kind == "O":
         wanted = wanted.astype(str)
+    if wanted.dtype.kind == "f" and ids.dtype.kind == "i":
+        broken = wanted[wanted != np.floor(wanted)]  # NaN too
+        if broken.size:
+            raise DataError(f"{where}: {what} must be a known id, got {_first(broken)}")
     try:
         if wanted.dtype.kind != ids.dtype.kind and wanted.size:
             wanted = wanted.astype(np.int64 if ids.dtype.kind == "i" else str)

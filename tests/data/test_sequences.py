@@ -59,12 +59,32 @@ def test_id_map_unknown_ids():
         id_map.encode_items([10, 15])
     with pytest.raises(DataError, match="known id, got 'abc'"):
         id_map.encode_items(["abc"])
+    with pytest.raises(DataError, match=r"known id, got 10\.5"):
+        id_map.encode_items([20.0, 10.5])
+    with pytest.raises(DataError, match="known id, got nan"):
+        id_map.encode_items([np.nan])
+    assert id_map.encode_items([20.0]).tolist() == [2]
+    assert IdMap(np.array([1]), np.array(["1.5"])).encode_items([1.5]).tolist() == [1]
     with pytest.raises(DataError, match=r"must lie in 1..2 .* got 0"):
         id_map.decode_items([0])
     assert id_map.encode_items([]).shape == (0,)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "recgrela-id-map", "version": 9}'])
+_HEAD = '{"format": "recgrela-id-map", "version": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        _HEAD + "9}",
+        _HEAD + "1}",
+        _HEAD + '1, "user_ids": [1], "item_ids": [1], "item_titles": ["a", "b"]}',
+        _HEAD + '1, "user_ids": [1], "item_ids": 3, "item_titles": ["a"]}',
+    ],
+)
 def test_id_map_load_bad_file(tmp_path, text):
     path = tmp_path / "ids.json"
     path.write_text(text)
@@ -72,6 +92,8 @@ def test_id_map_load_bad_file(tmp_path, text):
         IdMap.load(path)
     with pytest.raises(DataError, match="no such file"):
         IdMap.load(tmp_path / "absent.json")
+    with pytest.raises(DataError, match="must be readable"):
+        IdMap.load(tmp_path)
 
 
 def test_last_of_counts_users_by_value_of_their_number():
