@@ -20,7 +20,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(p * _LEVELS)
+    dropped = min(round(p * _LEVELS), _LEVELS - 1)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(_LOWEST, None)
     kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
     # x * kept * scale in one pass, and so is its gradient

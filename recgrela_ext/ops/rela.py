@@ -45,8 +45,8 @@ def rela(
     q, k, v = cast_rows(q, k, v)  # type: ignore[assignment]
     check_sequence("rela", q, k, v, None, inv_freq, None, None, lengths, cu_seqlens,
                    initial_state, return_final_state, causal, eps)  # fmt: skip
-    check_values("rela", q, lengths, cu_seqlens)  # the kernels would name gated_rela
     if not causal or not _library.has_kernels(q.device) or forward_mode():
+        check_values("rela", q, lengths, cu_seqlens)
         with full_precision(q):
             return reference.rela(q, k, v, inv_freq, lengths, cu_seqlens, initial_state,
                                   return_final_state, causal, eps)  # fmt: skip

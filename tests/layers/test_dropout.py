@@ -33,6 +33,7 @@ def test_seeded_and_off_in_evaluation() -> None:
     assert dropout(x, 0.5, False) is x
     assert dropout(x, 0.0, True) is x
     assert dropout(x[:0], 0.5, True).shape == (0, 5)
+    assert dropout(x, 1 - 1e-7, True).isfinite().all()
 
 
 def test_compiled() -> None:
