@@ -119,7 +119,8 @@ class GRELAEncoder(nn.Module):
     def packed_weights(self) -> ops.PackedEncoder | None:
         """The weights for `ops.encoder_step`, which does all layers of an event in one call.
 
-        A copy, made again after a weight changed. None where the configuration has no fused step
+        A copy, made again after a weight changed; a write through `.data` goes unnoticed, as
+        autograd does not count it. None where the configuration has no fused step
         (another activation, selector "balance", V projection, half precision, no residuals).
         """
         return self._packed.get(self)

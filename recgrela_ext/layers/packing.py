@@ -79,6 +79,11 @@ def _weights(layer: Any) -> ops.EncoderLayer:
     )
 
 
+def version_of(x: Tensor) -> int:
+    """How often `x` was written to; 0 for an inference tensor, which does not count."""
+    return 0 if x.is_inference() else x._version
+
+
 class PackedCache:
     """The packed weights of one encoder, made again when a parameter or module was changed.
 
@@ -110,7 +115,7 @@ class PackedCache:
 
     def _look(self) -> tuple[Any, ...]:
         parameters = [
-            (id(p), p.data_ptr(), p._version)
+            (id(p), p.data_ptr(), version_of(p))
             for held in self._parameters
             for p in held.values()
             if p is not None

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
+from ..layers.packing import version_of
 from .config import RecGRELAConfig
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def fingerprint(model: RecGRELA) -> bytes:
     # A quantised layer's state holds more than tensors.
     state = model.state_dict(keep_vars=True)
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors.values())
+    key = tuple((t.data_ptr(), version_of(t), t.dtype) for t in tensors.values())
     cached = model.__dict__.get("_fingerprint")
     if cached is None or cached[0] != key:
         fields = model.config.to_dict()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recgrela_ext import RecGRELA, RecGRELAConfig, SeenItems
+from recgrela_ext import RecGRELA, RecGRELAConfig, SeenItems, UserState
 from recgrela_ext.errors import CheckpointError
 
 MakeModel = Callable[..., RecGRELA]
@@ -194,3 +194,15 @@ def test_quantised_model_streams() -> None:
     hidden = quantised.step(torch.tensor([3]), state)
     expected = quantised(torch.tensor([[1, 2, 3]]))
     torch.testing.assert_close(hidden, expected, rtol=0.05, atol=0.05)
+
+
+def test_loaded_in_inference_mode(saved: Path) -> None:
+    """Its weights are inference tensors, which count no versions."""
+    rows = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        model = RecGRELA.from_pretrained(saved)
+        state = model.prefill(rows[:, :2])
+        hidden = model.step(rows[:, 2], state)
+        torch.testing.assert_close(hidden, model(rows))
+        restored = UserState.from_bytes(state.to_bytes(0), model)
+        assert torch.equal(restored.hidden, state.hidden)
