@@ -146,11 +146,11 @@ def _text_columns(path: Path, kind: str) -> tuple[tuple[str, ...], str, bool]:
     if kind == "recbole":
         return tuple(line.split("\t")), "\t", True
     separator = max("\t;|,", key=line.count)
-    return (
-        tuple(name.strip() for name in next(csv.reader([line], delimiter=separator))),
-        separator,
-        True,
-    )
+    try:
+        columns = next(csv.reader([line], delimiter=separator))
+    except csv.Error as error:
+        raise DataError(f"from_file: {path} must begin with a header line, got {error}") from None
+    return tuple(name.strip() for name in columns), separator, True
 
 
 def _parquet_columns(path: Path) -> tuple[str, ...]:

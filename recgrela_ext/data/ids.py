@@ -109,6 +109,12 @@ class IdEncoder:
     def _check(self, raw: list[Any]) -> None:
         if not raw:
             return
+        other = next((one for one in raw if not isinstance(one, (str, int, np.integer))), None)
+        if other is not None:
+            raise DataError(
+                f"{self._where}: {self._what} ids must be integers or text, "
+                f"got {type(other).__name__}"
+            )
         if isinstance(raw[0], str):
             _check_text(raw, self._what, self._where)
         else:

@@ -151,6 +151,11 @@ class Sequences:
     name: str
     repeat_share: float
 
+    def __post_init__(self) -> None:
+        offsets, events = self.offsets, len(self.items)
+        if not len(offsets) or offsets[0] or offsets[-1] != events or (np.diff(offsets) < 0).any():
+            raise DataError(f"Sequences: offsets must ascend from 0 to the {events} items")
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -179,7 +184,11 @@ class Sequences:
         name: str = "lists",
     ) -> Sequences:
         """Histories given as item rows (1-based); raw ids are then the rows themselves."""
-        arrays = [np.asarray(history, dtype=np.int64).reshape(-1) for history in histories]
+        arrays = [np.asarray(history).reshape(-1) for history in histories]
+        other = next((x.dtype for x in arrays if x.size and x.dtype.kind not in "iu"), None)
+        if other is not None:
+            raise DataError(f"Sequences.from_lists: items must be integers, got {other}")
+        arrays = [array.astype(np.int64) for array in arrays]
         flat = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
         largest = int(flat.max()) if flat.size else 0
         rows = largest if num_items is None else num_items

@@ -99,6 +99,11 @@ class TextSource(io.RawIOBase):
                 f"{path}: must be UTF-8 text, got byte 0x{error.object[error.start]:02x} "
                 f"at byte offset {offset}"
             ) from None
+        zero = data.find(b"\0")
+        if zero >= 0:  # the tail of a file after a power cut; the CSV parser would cut the field
+            raise DataError(
+                f"{path}: must be text, got a zero byte at byte offset {self._offset + zero}"
+            )
         self._offset += len(data)
         place = self._raw.tell()
         self._bar.update(place - self._start)

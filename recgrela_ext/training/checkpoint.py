@@ -10,12 +10,13 @@ the checkpoint before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ import safetensors.torch
 from torch import Tensor
 
 from recgrela_ext.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = "recgrela-training-checkpoint"
 _VERSION = 1
@@ -54,6 +60,32 @@ class CheckpointFolder:
             raise CheckpointError(
                 f"fit: checkpoint_dir must be a folder that can be written, got {folder} ({error})"
             ) from None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other run may use the folder (on systems with flock).
+
+        Raises:
+            CheckpointError: another process is training into it.
+        """
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise CheckpointError(
+                f"fit: checkpoint_dir must not be in use, got {self.path}, into which another run "
+                "is training"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there, ascending."""

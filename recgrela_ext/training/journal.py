@@ -21,7 +21,9 @@ class EpochLog:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        old = []
+        if self.path.exists():  # a torn line is dropped, whatever its bytes
+            old = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in old if _step_of(line) <= step]
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

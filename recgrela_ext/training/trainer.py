@@ -83,6 +83,7 @@ def fit(
         log_file = folder.path / "log.jsonl"
     run = _Run(model, train, valid, limits, config, folder, EpochLog(log_file), Progress(progress))
     with (
+        contextlib.nullcontext() if folder is None else folder.alone(),
         deterministic_algorithms(config.deterministic),
         own_random_state(run.stepper.device),
         contextlib.closing(run.bar),
@@ -374,7 +375,7 @@ def _check_arguments(
             continue
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             raise ValueError(f"fit: {name} must be a positive number, got {limit!r}")
-        if name != "minutes" and limit != int(limit):
+        if name != "minutes" and limit % 1 != 0:
             raise ValueError(f"fit: {name} must be a whole number, got {limit!r}")
     if all(limit is None for limit in limits.values()) and (valid is None or not config.patience):
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")

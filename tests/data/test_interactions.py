@@ -220,6 +220,7 @@ def test_split_by_time_targets():
     [
         ({}, {"targets": "some"}, "targets must be 'all', 'first' or 'last', got 'some'"),
         ({}, {"train": 0.9}, "must be positive with sum 1"),
+        ({}, {"train": float("nan")}, "must be positive with sum 1"),
         ({"order": "shuffled"}, {}, "order must not be 'shuffled'"),
     ],
 )
@@ -256,6 +257,11 @@ def test_first_events():
         ),
         ({"user": ["a" * 300], "item": [1], "timestamp": [1]}, {}, "at most 256 characters"),
         ({"user": [1.5], "item": [1], "timestamp": [1]}, {}, "must be integers"),
+        (
+            {"user": np.array([b"a"], object), "item": [1], "timestamp": [1]},
+            {},
+            "must be integers or text, got bytes",
+        ),
         (
             {"user": [1.0, np.nan], "item": [1, 2], "timestamp": [1, 2]},
             {},

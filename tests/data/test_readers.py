@@ -204,6 +204,9 @@ BAD_FILES = {
     ),
     "not UTF-8 in the header": ("x.csv", b"us\xe9r,item\n", "byte 0xe9 at byte offset 2"),
     "truncated UTF-8": ("x.csv", b"user,item,time\n1,2,3\n1,2\xc3", "at byte offset 24"),
+    "zeros at the end": ("x.csv", "user,item,time\n1,2,3\n1,2\0\0", "zero byte at byte offset 24"),
+    "lines end in CR": ("x.csv", "user,item,time\r1,2,3\r", "must begin with a header line"),
+    "endless header": ("x.csv", "user,item," + "x" * 200_000, "must begin with a header line"),
     "negative id": ("x.inter", INTER + GOOD + "-1\t3\t1\t1\n", "user ids must lie in .* got -1"),
     "gigantic id": (
         "x.inter",

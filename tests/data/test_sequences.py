@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,3 +103,15 @@ def test_last_of_counts_users_by_value_of_their_number():
     sequences = Sequences(base.items, base.offsets, id_map, "file", 0, "x", 0.0)
     expected = hashlib.sha256(b"9\t3\n10\t2\n").hexdigest()
     assert Targets.last_of(sequences).target_sha256 == expected
+
+
+@pytest.mark.parametrize("offsets", [[], [0], [1, 3], [0, 4, 3], [0, 2], [0, 4]])
+def test_offsets_that_do_not_fit(offsets):
+    good = Sequences.from_lists([[1, 2], [3]])
+    with pytest.raises(DataError, match="offsets must ascend from 0 to the 3 items"):
+        replace(good, offsets=np.array(offsets, dtype=np.int64))
+
+
+def test_histories_of_fractions():
+    with pytest.raises(DataError, match="items must be integers, got float64"):
+        Sequences.from_lists([[1, 2.5]])

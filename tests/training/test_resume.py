@@ -344,3 +344,22 @@ def test_other_thread_count_warns(
             checkpoint_dir=run_folder,
         )
     shutil.rmtree(run_folder)
+
+
+def test_a_folder_in_use_is_refused(train: Sequences, tmp_path: Path) -> None:
+    if os.name == "nt":
+        pytest.skip("no flock on Windows")
+    with (
+        CheckpointFolder(tmp_path).alone(),
+        pytest.raises(CheckpointError, match="checkpoint_dir must not be in use"),
+    ):
+        fit(make_model(), train, steps=1, checkpoint_dir=tmp_path)
+    assert fit(make_model(), train, steps=1, checkpoint_dir=tmp_path).steps == 1
+
+
+def test_a_torn_log_is_no_obstacle(train: Sequences, tmp_path: Path) -> None:
+    fit(make_model(), train, epochs=1, checkpoint_dir=tmp_path, progress=False)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"epoch": 2, "st\xc3')
+    fit(make_model(), train, epochs=2, checkpoint_dir=tmp_path, progress=False)
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
