@@ -110,6 +110,8 @@ class SeenItems:
                     "SeenItems.from_bytes: blob must be stored with seen items, got a state alone"
                 )
             body = body[offset:]
+        if len(body) % 4:
+            raise StateError(f"SeenItems.from_bytes: ids must be int32, got {len(body)} bytes")
         return cls.from_lists([np.frombuffer(body, dtype=np.int32)])
 
 

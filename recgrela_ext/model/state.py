@@ -260,10 +260,15 @@ class UserState:
                 "other weights"
             )
         state = model.init_state(1)
+        known = max(code, hidden_code) < len(storage.DTYPES) and position >= 0
+        if not known or (size, width) != (state.layout.row_size, state.hidden.shape[1]):
+            raise StateError(f"{caller}: blob must have a header that fits this model, got another")
         dtype, hidden_dtype = storage.DTYPES[code], storage.DTYPES[hidden_code]
         group = state.layout.head_dim
         middle = _HEADER.size + storage.packed_size(size, dtype, group)
         end = middle + width * hidden_dtype.itemsize
+        if end > len(body):
+            raise StateError(f"{caller}: blob must be whole, got {len(body)} of {end} bytes")
         state.buffer[0] = storage.unpack(body[_HEADER.size : middle], dtype, group)
         state.hidden[0] = storage.raw_tensor(body[middle:end], hidden_dtype)
         state.position[0] = position

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recgrela_ext import RecGRELA, RecGRELAConfig, SeenItems, UserState
-from recgrela_ext.errors import CheckpointError
+from recgrela_ext.errors import CheckpointError, StateError
+from recgrela_ext.model import blob
+from recgrela_ext.model.seen import STATE_MAGIC
+from recgrela_ext.model.state import _HEADER
 
 MakeModel = Callable[..., RecGRELA]
 ITEMS = torch.tensor([[5, 6, 0]])
@@ -206,3 +209,19 @@ def test_loaded_in_inference_mode(saved: Path) -> None:
         torch.testing.assert_close(hidden, model(rows))
         restored = UserState.from_bytes(state.to_bytes(0), model)
         assert torch.equal(restored.hidden, state.hidden)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(1, 200), (1, 5), (2, 9), (4, -5), (5, 2**32 - 1), (6, 7)]
+)
+def test_forged_header(field: int, value: int, make_model: MakeModel) -> None:
+    """A checksum is no signature: whatever the header says, no other error and no other memory."""
+    model = make_model()
+    _, body = blob.unseal("test", model.prefill(ITEMS).to_bytes(0), (STATE_MAGIC,), _HEADER.size)
+    header = list(_HEADER.unpack_from(body))
+    header[field] = value
+    forged = blob.seal(STATE_MAGIC, _HEADER.pack(*header) + body[_HEADER.size :])
+    with pytest.raises(StateError, match="blob must"):
+        UserState.from_bytes(forged, model)
+    with pytest.raises(StateError, match="ids must be int32, got 3 bytes"):
+        SeenItems.from_bytes(blob.seal(b"RGSI", b"abc"))
