@@ -1,7 +1,7 @@
 """gated_rela: RELA, rank augmentation and gated rank selector in one operator.
 
-Here: the public function, the autograd formula and the fake kernels. The kernels are
-csrc/cpu/gated_rela.cpp and csrc/cuda/gated_rela.cu; what they compute, ops/reference.py.
+Here: the public function, the autograd formula and the fake kernels. The kernel is
+csrc/cpu/gated_rela.cpp; what it computes, ops/reference.py.
 """
 
 from __future__ import annotations

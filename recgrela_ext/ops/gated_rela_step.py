@@ -1,7 +1,6 @@
 """gated_rela_step: one item per sequence, the state updated in place.
 
-The kernels are csrc/cpu/gated_rela_step.cpp and csrc/cuda/gated_rela_step.cu; what they compute,
-ops/reference.py.
+The kernel is csrc/cpu/gated_rela_step.cpp; what it computes, ops/reference.py.
 """
 
 from __future__ import annotations

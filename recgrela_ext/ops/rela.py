@@ -1,7 +1,7 @@
 """rela: rotary-enhanced linear attention alone.
 
-Here: the public function, the autograd formula and the fake kernels. The kernels are
-csrc/cpu/rela.cpp and csrc/cuda/rela.cu; what they compute, ops/reference.py.
+Here: the public function, the autograd formula and the fake kernels. The kernel is
+csrc/cpu/rela.cpp; what it computes, ops/reference.py.
 """
 
 from __future__ import annotations
