@@ -29,6 +29,12 @@ def exit_code(command: Callable[[], None]) -> int:
                 raise
             _say(_one_line(error))
             return 2
+        except (RuntimeError, MemoryError) as error:
+            refused = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            if not refused or os.environ.get("RECGRELA_TRACEBACK", "") not in ("", "0"):
+                raise
+            _say(f"not enough memory: {_one_line(error)}")
+            return 2
     return 0
 
 

@@ -63,6 +63,9 @@ writes those for an external index, row i of FILE.npy belonging to item_ids[i] o
 is item row i + 1 of the program."""
 
 
+_MOST_THREADS = 1024
+
+
 class Parser(argparse.ArgumentParser):
     """One line and exit code 2 for a wrong argument, as for every other mistake."""
 
@@ -235,7 +238,7 @@ def _add_recipe(group: Any) -> None:
 
 
 def _add_machine(command: Any) -> None:
-    command.add_argument("--threads", type=_from_one, metavar="N", help="CPU threads")
+    command.add_argument("--threads", type=_threads, metavar="N", help="CPU threads")
     command.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, ...; default: a GPU if any"
     )
@@ -289,6 +292,8 @@ def _whole(text: str) -> int:
     value = _convert(int, text, "a whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}")
     return int(value)
 
 
@@ -296,6 +301,13 @@ def _from_one(text: str) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _threads(text: str) -> int:
+    value = _from_one(text)
+    if value > _MOST_THREADS:  # OpenMP crashes where the system refuses a thread
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_THREADS}, got {text}")
     return value
 
 

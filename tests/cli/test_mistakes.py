@@ -57,6 +57,9 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "no steps": (["--steps", "0"], "argument --steps: must be at least 1"),
     "no such device": (["--device", "abacus"], "--device must be usable, got abacus"),
     "nothing to resume": (["--resume"], "must hold a checkpoint to resume"),
+    "threads": (["--threads", "100000000"], "--threads: must be at most 1024, got 100000000"),
+    "seed": (["--seed", "99999999999999999999"], "--seed: must be below 2**63"),
+    "memory": (["--hidden-size", "100000000"], "not enough memory"),
     "unknown option": (["--layers", "3"], "unrecognized arguments: --layers 3"),
 }
 
