@@ -100,7 +100,8 @@ void step_one(const GatedRelaStepParams& p, int64_t b, int64_t h, StepRows<A>& w
   A* k_sum = static_cast<A*>(p.state.k_sum) + b * p.state.k_sum_stride + h * D;
   step_attention(w, kv, k_sum, D, p.eps * double(position + 1));
 
-  A* window = static_cast<A*>(p.state.conv) + b * p.state.conv_stride + h * D;
+  A* window = nullptr;  // there is none at width 1
+  if (p.W > 1) window = static_cast<A*>(p.state.conv) + b * p.state.conv_stride + h * D;
   if (p.conv_weight) {
     const A* bias = static_cast<const A*>(p.conv_bias);
     step_conv(w, window, static_cast<const A*>(p.conv_weight) + h * D * p.W,

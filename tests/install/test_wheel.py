@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -50,3 +51,9 @@ def test_wheel_runs_beside_torch(wheel: Path, tmp_path: Path, version: str) -> N
     facts = json.loads(run(python, ROOT / "tests/install/smoke.py", cwd=tmp_path).splitlines()[-1])
     assert facts["torch"] == before.strip()
     assert Path(facts["file"]).is_relative_to(tmp_path)
+    # The operators' and golden tests, out of reach of the checkout's own package.
+    shutil.copytree(ROOT / "tests", tmp_path / "suite/tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "suite")
+    run(python, "-m", "pip", "install", "-q", "pytest", "hypothesis", cwd=tmp_path)
+    chosen = ("tests/ops", "tests/model/test_reference_weights.py")
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, cwd=tmp_path / "suite")
