@@ -47,7 +47,8 @@ def test_the_eight_lines(
 
 
 def test_commands_are_understood() -> None:
-    commands = re.findall(r"^ {4}recgrela (.+)$", README, re.M)
+    joined = re.sub(r"\\\n +", "", README)  # lines that end in a backslash go on
+    commands = re.findall(r"^ {4}recgrela (.+)$", joined, re.M)
     assert len(commands) > 4
     for command in commands:
         build_parser().parse_args(command.split())
