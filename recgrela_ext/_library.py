@@ -14,6 +14,8 @@ from .version import __version__
 
 LIBRARY = Path(__file__).parent / "librecgrela.so"
 
+_REJECTIONS = ("gated_rela", "rela", "encoder_step", "RECGRELA_CPU_LEVEL")
+
 _REFERENCE_ONLY = (
     "recgrela_ext: {reason}: every operator runs as plain PyTorch, correct but several times "
     "slower. {remedy}"
@@ -46,6 +48,23 @@ KERNEL_DEVICES = _load()
 def has_kernels(device: torch.device) -> bool:
     """Whether tensors on ``device`` reach a compiled kernel; otherwise ops.reference runs."""
     return device.type in KERNEL_DEVICES
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """An operator's result; a rejected argument is a ValueError under every version of torch.
+
+    Kernels throw std::invalid_argument, which torch passed on as ValueError up to 2.13 and wraps in
+    a RuntimeError since.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        text = str(error).split("\n")[0]
+        if text.startswith(_REJECTIONS):
+            raise ValueError(text) from None
+        raise
 
 
 def build_info() -> dict[str, Any]:

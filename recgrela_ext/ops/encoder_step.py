@@ -141,9 +141,10 @@ def encoder_step(
     kernel = item_vectors.device.type in _library.KERNEL_DEVICES and not item_vectors.is_cuda
     if not kernel or forward_mode():
         return reference_encoder_step(item_vectors, packed_weights, state, active)
-    out = torch.ops.recgrela.encoder_step(
-        item_vectors, p.weights, p.inv_freq, rows, position, active, p.num_layers, p.mlp_width,
-        p.conv_width, p.gate, p.final_norm, p.eps, p.layer_norm_eps)  # fmt: skip
+    out = _library.call(
+        torch.ops.recgrela.encoder_step, item_vectors, p.weights, p.inv_freq, rows, position,
+        active, p.num_layers, p.mlp_width, p.conv_width, p.gate, p.final_norm, p.eps,
+        p.layer_norm_eps)  # fmt: skip
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(rows)
     return out

@@ -85,9 +85,10 @@ def gated_rela(
     arguments = (q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths, cu_seqlens, *state, eps,
                  return_final_state)  # fmt: skip
     if needs_gradient(q, k, v, gate, conv_weight, conv_bias, *state[:3]):
-        out, *final, _, _ = torch.ops.recgrela.gated_rela(*arguments, True)
+        out, *final, _, _ = _library.call(torch.ops.recgrela.gated_rela, *arguments, True)
     else:
-        out, *final, _, _ = torch.ops.recgrela.gated_rela_forward(*arguments, False)
+        forward = torch.ops.recgrela.gated_rela_forward
+        out, *final, _, _ = _library.call(forward, *arguments, False)
     if not return_final_state:
         return out
     return out, (*final, final_position(q, lengths, cu_seqlens, state[3], final[0]))

@@ -69,7 +69,8 @@ def gated_rela_step(
             return reference.gated_rela_step(q, k, v, gate, inv_freq, conv_weight, conv_bias,
                                              state, eps, active)  # fmt: skip
     acc = accumulate_dtype(q.dtype)
-    out = torch.ops.recgrela.gated_rela_step(
+    out = _library.call(
+        torch.ops.recgrela.gated_rela_step,
         q, k, v, gate,
         inv_freq.to(torch.float64).contiguous(),
         None if conv_weight is None else conv_weight.to(acc).contiguous(),

@@ -59,9 +59,10 @@ def rela(
     arguments = (q, k, v, inv_freq, lengths, cu_seqlens, kv, k_sum, position, eps,
                  return_final_state)  # fmt: skip
     if needs_gradient(q, k, v, kv, k_sum):
-        out, final_kv, final_k_sum, _, _ = torch.ops.recgrela.rela(*arguments, True)
+        operator, save = torch.ops.recgrela.rela, True
     else:
-        out, final_kv, final_k_sum, _, _ = torch.ops.recgrela.rela_forward(*arguments, False)
+        operator, save = torch.ops.recgrela.rela_forward, False
+    out, final_kv, final_k_sum, _, _ = _library.call(operator, *arguments, save)
     if not return_final_state:
         return out
     conv = final_kv.new_empty(state_shapes(q, None, cu_seqlens)[2])

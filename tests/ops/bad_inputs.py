@@ -296,3 +296,11 @@ CAUSAL = [
 ]
 
 TABLE = [*ARGUMENTS, *CONVOLUTION, *SEQUENCES, *STATES, *CAUSAL]
+
+
+def raw(operator: Any, *arguments: Any, **named: Any) -> Any:
+    """A raw operator call; since torch 2.15 its ValueError arrives wrapped in a RuntimeError."""
+    try:
+        return operator(*arguments, **named)
+    except RuntimeError as error:
+        raise ValueError(str(error).split("\n")[0]) from None

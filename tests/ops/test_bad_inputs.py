@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recgrela_ext import _library, ops
 from recgrela_ext.ops.reference import zero_state
-from tests.ops.bad_inputs import CONVOLUTION, TABLE, Bad
+from tests.ops.bad_inputs import CONVOLUTION, TABLE, Bad, raw
 from tests.ops.problems import Problem, make_problem
 
 # A tensor on the meta device makes it a meta call: shapes alone, nothing is read.
@@ -88,7 +88,7 @@ def test_raw_operators(bad: Bad) -> None:
         (torch.ops.recgrela.gated_rela, True),
     ):
         with pytest.raises(ValueError, match=r"^gated_rela: ") as caught:
-            operator(*arguments, save)
+            raw(operator, *arguments, save)
         argument = bad.text.split()[0]
         assert argument in str(caught.value) or bad.name == "q stride"
         assert "\n" not in str(caught.value)
@@ -150,7 +150,7 @@ def test_raw_backward(argument: str) -> None:
     make, text = BACKWARD[argument]
     arguments[argument] = make(arguments[argument])
     with pytest.raises(ValueError, match=f"^gated_rela_backward: {re.escape(text)}"):
-        torch.ops.recgrela.gated_rela_backward(**arguments)
+        raw(torch.ops.recgrela.gated_rela_backward, **arguments)
 
 
 def steps(**changes: Callable[[Any], Any]) -> dict[str, Any]:
@@ -234,11 +234,13 @@ def test_raw_step(name: str) -> None:
     changes, text = STEP[name]
     pattern = text if text.startswith("(") else re.escape(text)
     with pytest.raises(ValueError, match=f"^gated_rela_step: {pattern}"):
-        torch.ops.recgrela.gated_rela_step(**steps(**changes))
+        raw(torch.ops.recgrela.gated_rela_step, **steps(**changes))
 
 
 @pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
-@pytest.mark.parametrize("call", [public_step, lambda a: torch.ops.recgrela.gated_rela_step(**a)])
+@pytest.mark.parametrize(
+    "call", [public_step, lambda a: raw(torch.ops.recgrela.gated_rela_step, **a)]
+)
 @pytest.mark.parametrize(
     ("argument", "change", "text"),
     [

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from recgrela_ext import GRELAEncoder, _library, ops
 from recgrela_ext.layers import packing
 from recgrela_ext.ops.encoder_step import reference_encoder_step
+from tests.ops.bad_inputs import raw
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -183,7 +184,8 @@ def test_no_packed_weights_for_other_configurations(options: dict) -> None:
 def test_sizes_that_overflow() -> None:
     """2^62 layers need 0 elements modulo 2^64."""
     with pytest.raises(ValueError, match="num_layers must be at most 1024"):
-        torch.ops.recgrela.encoder_step(
+        raw(
+            torch.ops.recgrela.encoder_step,
             torch.randn(1, 4), torch.zeros(0), torch.ones(1, 2, dtype=torch.float64),
             torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64), None,
             2**62, 4, 0, False, False, 1e-6, 1e-6)  # fmt: skip
