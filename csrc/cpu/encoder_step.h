@@ -4,24 +4,27 @@
 // A few users share each pass over the weights, which at hidden 64 fit the second-level cache.
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error below 2e-7: libm's is not vectorised.
-RECGRELA_INLINE float error_function(float x) {
-  const float a = x < 0.0f ? -x : x;
-  const float t = 1.0f / (1.0f + 0.3275911f * a);
-  float p = 1.061405429f;
-  p = p * t - 1.453152027f;
+RECGRELA_INLINE Vec<float> error_function(Vec<float> x) {
+  const Vec<float> a = larger(x, -x);
+  const Vec<float> t = reciprocal(a * 0.3275911f + 1.0f);
+  Vec<float> p = t * 1.061405429f - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const float y = 1.0f - p * t * exp_clamped(-a * a);
+  const Vec<float> y =
+      1.0f - p * t * exp_inside(larger(splat(kLowest<float>), -a * a));
   return x < 0.0f ? -y : y;
 }
-RECGRELA_INLINE double error_function(double x) { return std::erf(x); }
+RECGRELA_INLINE Vec<double> error_function(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::erf(x[i]);
+  return x;
+}
 
 template <class A>
 RECGRELA_NOINLINE void map_gelu(A* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    x[i] *= A(0.5) * (A(1) + error_function(x[i] * A(0.7071067811865476)));
-  }
+  map_values(x, count, [](Vec<A> y) {
+    return y * A(0.5) * (error_function(y * A(0.7071067811865476)) + A(1));
+  });
 }
 
 // out [users, n] = bias [n] + x [users, m] weight [m, n], rows of x and out x_stride, out_stride
@@ -109,6 +112,7 @@ void encoder_head(EncoderRows<A>& w, const EncoderStepParams& p, int u, int64_t 
     w.head.q[d] = w.qk[u * 2 * C + h * D + d];
     w.head.k[d] = w.qk[u * 2 * C + C + h * D + d];
     w.head.v[d] = w.u[u * C + h * D + d];
+    if (p.has_gate) w.head.gate[d] = w.gate[u * C + h * D + d];
   }
   const int64_t pairs = (u * C + h * D) / 2;
   turn_keys(w.head, D, w.cosines + pairs, w.sines + pairs);
@@ -119,7 +123,7 @@ void encoder_head(EncoderRows<A>& w, const EncoderStepParams& p, int u, int64_t 
     step_conv(w.head, window, conv_weight + h * D * p.W, conv_bias + h * D, D, p.W, C);
     move_window(window, w.head.v, D, p.W, C);
   }
-  if (p.has_gate) scale_by_silu(w.head.out, w.gate + u * C + h * D, D);
+  if (p.has_gate) step_gate(w.head, D);
   for (int64_t d = 0; d < D; ++d) w.y[u * C + h * D + d] = w.head.out[d];
 }
 

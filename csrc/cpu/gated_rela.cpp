@@ -44,7 +44,7 @@ ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, Optional
                           cu_seqlens, kv, k_sum, conv, position, inv_freq,    eps};
   const Dims d = check_sequence(args);
   const bool packed = cu_seqlens.has_value();
-  const Tensor step_rotation = new_empty(q, {d.H, kChunk, d.D}, ScalarType::Double);
+  const Tensor step_rotation = new_empty(q, {d.H, kChunk + 1, d.D}, ScalarType::Double);
   GatedRelaParams p = sequence_params(args, d, step_rotation);
 
   Tensor out =
@@ -99,7 +99,7 @@ BackwardResult run_backward(const char* op, Tensor grad_out, OptionalTensor grad
   check_dense(op, "saved_kv", saved_kv, {chunks, d.H, d.D, d.D}, d.acc, q);
   check_dense(op, "saved_k_sum", saved_k_sum, {chunks, d.H, d.D}, d.acc, q);
 
-  const Tensor step_rotation = new_empty(q, {d.H, kChunk, d.D}, ScalarType::Double);
+  const Tensor step_rotation = new_empty(q, {d.H, kChunk + 1, d.D}, ScalarType::Double);
   GatedRelaBackwardParams p{};
   p.forward = sequence_params(args, d, step_rotation);
   p.forward.saved_kv = saved_kv.mutable_data_ptr();

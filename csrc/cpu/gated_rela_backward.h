@@ -7,151 +7,188 @@
 //           T_t = sum R phi(q_s) dnum_s^T,   y_t = sum dden_s phi(q_s):
 //           dphi(q_t) = R^T (S_t dnum_t) + dden_t z_t     dphi(k_t) = R^T (T_t v_t) + y_t
 //           dv_t = T_t^T R phi(k_t) + transposed conv of dpre,   dpre = dO SiLU'(pre)
-// S_t dnum_t and T_t v_t are scans over the transposed states, so no loop sums across lanes.
+// S_t dnum_t and T_t v_t are scans over the transposed states, so no loop sums across lanes. T is
+// kept in both forms from chunk to chunk.
 
+// Memory of one thread.
 template <class A>
-struct BackwardTile {
-  Tile<A> tile;
-  A *gate, *dy, *dgate;      // [kChunk, Dp]
-  A *dnum, *dden;            // [kChunk, Dp], [kChunk]
-  A *drot, *dphi, *dvalues;  // [kChunk, Dp]
+struct BackwardRows {
+  Chunk<A> chunk;
+  A *gate, *dy, *out;        // [kChunk, Dp]: copies of rows that cannot be used in place
+  A *dnum, *drot, *dvalues;  // [kChunk, Dp]
   A* dpre;                   // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
+  A* dden;                   // [kChunk]
   RunningState<A> later;     // T and y
-  A *transposed, *transposed_base;  // [Dp, Dp]
-  A* k_sum_start;                   // [Dp]
-  A *dweight, *dbias;               // [W, Dp], [Dp]
+  A *later_t, *later_base_t;  // [Dp, Dp]: T transposed
+  A* start_t;                 // [Dp, Dp]: S at the chunk's start, transposed
+  A* z;                       // [Dp]
+  A *dweight, *dbias;         // [W, Dp], [Dp]
 };
 
 template <class A>
-void lay_out(BackwardTile<A>& w, Scratch& scratch, const GatedRelaParams& p) {
-  lay_out(w.tile, scratch, p);
-  const int64_t Dp = w.tile.Dp;
-  for (A** rows : {&w.gate, &w.dy, &w.dgate, &w.dnum, &w.drot, &w.dphi, &w.dvalues}) {
+void lay_out(BackwardRows<A>& w, Scratch& scratch, const GatedRelaParams& p) {
+  lay_out(w.chunk, scratch, p, true);
+  const int64_t Dp = w.chunk.Dp;
+  for (A** rows : {&w.gate, &w.dy, &w.out, &w.dnum, &w.drot, &w.dvalues}) {
     *rows = scratch.take<A>(kChunk * Dp);
   }
-  w.dden = scratch.take<A>(kChunk);
   w.dpre = scratch.take<A>((kChunk + p.W - 1) * Dp);
+  w.dden = scratch.take<A>(kChunk);
   lay_out(w.later, scratch, Dp);
-  w.transposed = scratch.take<A>(Dp * Dp);
-  w.transposed_base = scratch.take<A>(Dp * Dp);
-  w.k_sum_start = scratch.take<A>(Dp);
+  for (A** square : {&w.later_t, &w.later_base_t, &w.start_t}) *square = scratch.take<A>(Dp * Dp);
+  w.z = scratch.take<A>(Dp);
   w.dweight = scratch.take<A>(p.W * Dp);
   w.dbias = scratch.take<A>(Dp);
 }
 
+// The transpose of from [D, D], rows `stride` apart, into rows of Dp.
 template <class A>
-void transpose(const A* from, A* to, int64_t D, int64_t Dp) {
-  __builtin_memset(to, 0, std::size_t(Dp * Dp) * sizeof(A));
-  for (int64_t i = 0; i < D; ++i) {
-    for (int64_t j = 0; j < D; ++j) to[j * Dp + i] = from[i * Dp + j];
-  }
-}
-
-// From dy to dgate, dpre, dnum and dden. On entry num holds o and augmented the pre-activation.
-template <class A>
-void differentiate_rows(BackwardTile<A>& w, const GatedRelaParams& p) {
-  using V = Vec<A>;
-  Tile<A>& tile = w.tile;
-  const int64_t nv = tile.Dp / kLanes<A>, count = tile.n * tile.Dp;
-  V* dnum = reinterpret_cast<V*>(w.dnum);
-  const V* out = reinterpret_cast<const V*>(tile.num);
-  if (p.gate.data) {
-    A* sum = w.dphi;  // o + a; dphi itself comes later
-    __builtin_memcpy(sum, tile.num, std::size_t(count) * sizeof(A));
-    if (p.conv_weight) add_silu(sum, tile.augmented, count);
-    differentiate_gate(w.dgate, w.dnum, w.dy, sum, w.gate, count);
-  } else {
-    __builtin_memcpy(w.dnum, w.dy, std::size_t(count) * sizeof(A));
-  }
-  if (p.conv_weight) differentiate_silu(w.dpre, w.dnum, tile.augmented, count);
-  for (int t = 0; t < tile.n; ++t) {
-    const A scale = A(1) / tile.den[t];
-    V dot = {};
-    for (int64_t m = t * nv; m < (t + 1) * nv; ++m) {
-      dot += dnum[m] * out[m];
-      dnum[m] *= scale;
+void transpose(const A* from, int64_t stride, A* to, int64_t D, int64_t Dp) {
+  constexpr int64_t kBlock = 8;  // of both, so that every line is used while it is in the cache
+  for (int64_t i0 = 0; i0 < D; i0 += kBlock) {
+    const int64_t end = i0 + kBlock < D ? i0 + kBlock : D;
+    for (int64_t j = 0; j < D; ++j) {
+      for (int64_t i = i0; i < end; ++i) to[j * Dp + i] = from[i * stride + j];
     }
-    w.dden[t] = -sum_lanes(dot) * scale;
   }
 }
 
-template <class A>
-void backward_queries(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                      int64_t h, int64_t t0) {
-  using V = Vec<A>;
-  Tile<A>& tile = w.tile;
-  const GatedRelaParams& f = p.forward;
-  const int64_t D = f.D, Dp = tile.Dp;
-  // S_t dnum_t with S transposed: rows are value dims, lanes are keys.
-  scan<A, false>(tile.values + (f.W - 1) * Dp, tile.rot_k, w.dnum, w.transposed, w.drot, tile.n, D);
-  rotate_rows<true>(tile, w.drot, w.dphi);
-  const int64_t nv = Dp / kLanes<A>;
-  V* z = reinterpret_cast<V*>(w.k_sum_start);
-  V* dphi = reinterpret_cast<V*>(w.dphi);
-  const V* phi_k = reinterpret_cast<const V*>(tile.phi_k);
-  for (int t = 0; t < tile.n; ++t) {
+// From num, dy and the gate to dgate, dpre, dnum and dden.
+template <class A, int kN, int kW, bool kConv, bool kGate>
+RECGRELA_NOINLINE void differentiate_rows(BackwardRows<A>& w, const Source<A>& gate,
+                                          const Source<A>& dy, const Sink<A>& dgate) {
+  constexpr int64_t L = kLanes<A>;
+  const Chunk<A>& c = w.chunk;
+  const int64_t nv = kN ? kN : c.Dp / L;
+  for (int t = 0; t < c.n; ++t) {
+    const A scale = c.scale[t];
+    Vec<A> dot = {};
     for (int64_t m = 0; m < nv; ++m) {
-      z[m] += phi_k[t * nv + m];
-      dphi[t * nv + m] += w.dden[t] * z[m];
-    }
-  }
-  scale_by_slope(w.dphi, tile.phi_q, tile.n * Dp);
-  store_keys(w.dphi, Dp, p.dq, f.dtype, span, t0, tile.n, h, D);
-}
-
-template <class A>
-void backward_keys(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                   int64_t h, int64_t t0) {
-  using V = Vec<A>;
-  Tile<A>& tile = w.tile;
-  const GatedRelaParams& f = p.forward;
-  const int64_t D = f.D, Dp = tile.Dp;
-  const A* values = tile.values + (f.W - 1) * Dp;
-  const bool has_base = w.later.has_base;
-  transpose(w.later.kv, w.transposed, D, Dp);
-  if (has_base) transpose(w.later.kv_base, w.transposed_base, D, Dp);
-  scan<A, true>(w.dnum, tile.rot_q, values, w.transposed, has_base ? w.transposed_base : nullptr,
-                w.drot, tile.n, D);  // T_t v_t
-  scan<A, true>(tile.rot_q, w.dnum, tile.rot_k, w.later.kv, has_base ? w.later.kv_base : nullptr,
-                w.dvalues, tile.n, D);  // T_t^T R phi(k_t)
-  rotate_rows<true>(tile, w.drot, w.dphi);
-  const int64_t nv = Dp / kLanes<A>;
-  V* y = reinterpret_cast<V*>(w.later.k_sum);
-  const V* y_base = reinterpret_cast<const V*>(w.later.k_sum_base);
-  V* dphi = reinterpret_cast<V*>(w.dphi);
-  const V* phi_q = reinterpret_cast<const V*>(tile.phi_q);
-  for (int t = tile.n - 1; t >= 0; --t) {
-    for (int64_t m = 0; m < nv; ++m) {
-      y[m] += w.dden[t] * phi_q[t * nv + m];
-      dphi[t * nv + m] += y_base[m] + y[m];
-    }
-  }
-  scale_by_slope(w.dphi, tile.phi_k, tile.n * Dp);
-  store_keys(w.dphi, Dp, p.dk, f.dtype, span, t0, tile.n, h, D);
-  moved_on(w.later, tile.n, Dp);
-}
-
-// pre_t = bias + sum_j weight_j v_{t-W+1+j}, so v_t feeds pre_{t+W-1-j} through weight_j.
-template <class A>
-void backward_conv(BackwardTile<A>& w, const GatedRelaParams& p) {
-  using V = Vec<A>;
-  const int64_t nv = w.tile.Dp / kLanes<A>, W = p.W;
-  V* dv = reinterpret_cast<V*>(w.dvalues);
-  const V* dpre = reinterpret_cast<const V*>(w.dpre);
-  const V* values = reinterpret_cast<const V*>(w.tile.values);
-  for (int64_t m = 0; m < nv; ++m) {
-    for (int64_t j = 0; j < W; ++j) {
-      const V weight = reinterpret_cast<const V*>(w.tile.weight)[j * nv + m];
-      V dweight = {};
-      for (int t = 0; t < w.tile.n; ++t) {
-        dv[t * nv + m] += weight * dpre[(t + W - 1 - j) * nv + m];
-        dweight += dpre[t * nv + m] * values[(t + j) * nv + m];
+      const int64_t at = (t * nv + m) * L;
+      const Vec<A> o = load_vector(c.num + at) * scale;
+      Vec<A> d_o = load_vector(dy.row(t) + m * L), sum = o;
+      SiluAndSlope<A> a{};
+      if (kConv) {
+        a = silu_and_slope<A>(convolved<A, kN, kW>(c, nv, t, m));
+        sum += a.value;
       }
-      reinterpret_cast<V*>(w.dweight)[j * nv + m] += dweight;
+      if (kGate) {
+        const SiluAndSlope<A> g = silu_and_slope<A>(load_vector(gate.row(t) + m * L));
+        store_vector(d_o * sum * g.slope, dgate.row(t) + m * L);
+        d_o *= g.value;
+      }
+      if (kConv) store_vector(d_o * a.slope, w.dpre + at);
+      store_vector(d_o * scale, w.dnum + at);
+      dot += d_o * o;
     }
-    V dbias = {};
-    for (int t = 0; t < w.tile.n; ++t) dbias += dpre[t * nv + m];
-    reinterpret_cast<V*>(w.dbias)[m] += dbias;
+    w.dden[t] = -sum_lanes<A>(dot) * scale;
+  }
+}
+
+template <class A, int kN>
+void differentiate_rows(BackwardRows<A>& w, const GatedRelaParams& p, const Source<A>& gate,
+                        const Source<A>& dy, const Sink<A>& dgate) {
+  const bool has_gate = p.gate.data != nullptr;
+  if (p.conv_weight == nullptr) {
+    return has_gate ? differentiate_rows<A, kN, 0, false, true>(w, gate, dy, dgate)
+                    : differentiate_rows<A, kN, 0, false, false>(w, gate, dy, dgate);
+  }
+  if (p.W == 4 && has_gate) return differentiate_rows<A, kN, 4, true, true>(w, gate, dy, dgate);
+  if (has_gate) return differentiate_rows<A, kN, 0, true, true>(w, gate, dy, dgate);
+  differentiate_rows<A, kN, 0, true, false>(w, gate, dy, dgate);
+}
+
+// dq from drot = S_t dnum_t; z moves on from the chunk's start.
+template <class A, int kN>
+RECGRELA_NOINLINE void finish_queries(BackwardRows<A>& w, const Sink<A>& dq) {
+  constexpr int64_t L = kLanes<A>;
+  const Chunk<A>& c = w.chunk;
+  const int64_t nv = kN ? kN : c.Dp / L;
+  for (int t = 0; t < c.n; ++t) {
+    const A dden = w.dden[t];
+    for (int64_t m = 0; m < nv; ++m) {
+      const int64_t at = (t * nv + m) * L;
+      const Vec<A> z = load_vector(w.z + m * L) + load_vector(c.phi_k + at);
+      store_vector(z, w.z + m * L);
+      const Vec<A> turned =
+          rotated<true, A>(load_vector(w.drot + at), load_vector(c.rotation.cosines + at),
+                           load_vector(c.rotation.sines + at));
+      const Vec<A> slope = slope_of<A>(load_vector(c.phi_q + at));
+      store_vector((turned + z * dden) * slope, dq.row(t) + m * L);
+    }
+  }
+}
+
+// dk from drot = T_t v_t; y moves on from the later items.
+template <class A, int kN>
+RECGRELA_NOINLINE void finish_keys(BackwardRows<A>& w, const Sink<A>& dk) {
+  constexpr int64_t L = kLanes<A>;
+  const Chunk<A>& c = w.chunk;
+  const int64_t nv = kN ? kN : c.Dp / L;
+  A* const y_sum = w.later.k_sum;
+  const A* const y_base = w.later.k_sum_base;
+  for (int t = c.n - 1; t >= 0; --t) {
+    const A dden = w.dden[t];
+    for (int64_t m = 0; m < nv; ++m) {
+      const int64_t at = (t * nv + m) * L;
+      const Vec<A> y = load_vector(y_sum + m * L) + load_vector(c.phi_q + at) * dden;
+      store_vector(y, y_sum + m * L);
+      const Vec<A> turned =
+          rotated<true, A>(load_vector(w.drot + at), load_vector(c.rotation.cosines + at),
+                           load_vector(c.rotation.sines + at));
+      const Vec<A> slope = slope_of<A>(load_vector(c.phi_k + at));
+      store_vector((turned + (y + load_vector(y_base + m * L))) * slope, dk.row(t) + m * L);
+    }
+  }
+}
+
+// dv = dvalues and what goes through the convolution: pre_t = bias + sum_j weight_j v_{t-W+1+j}, so
+// v_t feeds pre_{t+W-1-j} through weight_j.
+template <class A, int kN, int kW>
+RECGRELA_NOINLINE void backward_conv(BackwardRows<A>& w, const Sink<A>& to) {
+  using V = Vec<A>;
+  constexpr int64_t L = kLanes<A>;
+  const Chunk<A>& c = w.chunk;
+  const int64_t nv = kN ? kN : c.Dp / L, W = kW ? kW : c.W;
+  for (int64_t m = 0; m < nv; ++m) {
+    const auto at = [&](int64_t row) { return (row * nv + m) * L; };
+    if constexpr (kW > 0) {
+      V weight[kW], dweight[kW], dbias = load_vector(w.dbias + m * L);
+      for (int j = 0; j < kW; ++j) {
+        weight[j] = load_vector(c.weight + at(j));
+        dweight[j] = load_vector(w.dweight + at(j));
+      }
+      for (int t = 0; t < c.n; ++t) {
+        V dv = load_vector(w.dvalues + at(t));
+        const V dpre = load_vector(w.dpre + at(t));
+        for (int j = 0; j < kW; ++j) {
+          dv += weight[j] * load_vector(w.dpre + at(t + kW - 1 - j));
+          dweight[j] += dpre * load_vector(c.values.row(t + j) + m * L);
+        }
+        dbias += dpre;
+        store_vector(dv, to.row(t) + m * L);
+      }
+      for (int j = 0; j < kW; ++j) store_vector(dweight[j], w.dweight + at(j));
+      store_vector(dbias, w.dbias + m * L);
+    } else {
+      for (int64_t j = 0; j < W; ++j) {
+        const V weight = load_vector(c.weight + at(j));
+        V dweight = load_vector(w.dweight + at(j));
+        for (int t = 0; t < c.n; ++t) {
+          store_vector(load_vector(w.dvalues + at(t)) +
+                           weight * load_vector(w.dpre + at(t + W - 1 - j)),
+                       w.dvalues + at(t));
+          dweight += load_vector(w.dpre + at(t)) * load_vector(c.values.row(t + j) + m * L);
+        }
+        store_vector(dweight, w.dweight + at(j));
+      }
+      V dbias = load_vector(w.dbias + m * L);
+      for (int t = 0; t < c.n; ++t) {
+        dbias += load_vector(w.dpre + at(t));
+        store_vector(load_vector(w.dvalues + at(t)), to.row(t) + m * L);
+      }
+      store_vector(dbias, w.dbias + m * L);
+    }
   }
 }
 
@@ -165,24 +202,24 @@ const A* grad_final_conv(const GatedRelaBackwardParams& p, int64_t b, int64_t h,
 }
 
 template <class A>
-void add_grad_final_conv(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                         int64_t b, int64_t h, int64_t t0) {
+void add_grad_final_conv(const BackwardRows<A>& w, const GatedRelaBackwardParams& p,
+                         const Span& span, int64_t b, int64_t h, int64_t t0, const Sink<A>& dv) {
   const int64_t past = p.forward.W - 1;
   for (int64_t m = 0; m < past; ++m) {
     const int64_t t = span.length + m - past - t0;
     const A* from = grad_final_conv<A>(p, b, h, m);
-    if (from == nullptr || t < 0 || t >= w.tile.n) continue;
-    for (int64_t d = 0; d < p.forward.D; ++d) w.dvalues[t * w.tile.Dp + d] += from[d];
+    if (from == nullptr || t < 0 || t >= w.chunk.n) continue;
+    for (int64_t d = 0; d < p.forward.D; ++d) dv.row(t)[d] += from[d];
   }
 }
 
 template <class A>
-void store_grad_initial(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
+void store_grad_initial(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const Span& span,
                         int64_t b, int64_t h) {
   if (p.grad_initial.kv == nullptr) return;
   const GatedRelaParams& f = p.forward;
-  const int64_t Dp = w.tile.Dp;
-  store_sum(w.later, p.grad_initial, b, h, f.D, Dp);
+  const int64_t Dp = w.chunk.Dp;
+  store_state(w.later, p.grad_initial, b, h, f.D, Dp);
   for (int64_t r = 0; r < f.W - 1; ++r) {
     A* to = static_cast<A*>(p.grad_initial.conv) + b * p.grad_initial.conv_stride + r * f.H * f.D +
             h * f.D;
@@ -190,72 +227,115 @@ void store_grad_initial(BackwardTile<A>& w, const GatedRelaBackwardParams& p, co
     for (int64_t d = 0; d < f.D; ++d) {
       A sum = from ? from[d] : A(0);
       for (int64_t j = 0; j <= r && f.conv_weight; ++j) {
-        sum += w.tile.weight[j * Dp + d] * w.dpre[(r - j) * Dp + d];
+        sum += w.chunk.weight[j * Dp + d] * w.dpre[(r - j) * Dp + d];
       }
       to[d] = sum;
     }
   }
 }
 
+// S and z at the chunk's start, as the forward saved them.
 template <class A>
-void load_saved(BackwardTile<A>& w, const GatedRelaParams& p, int64_t chunk, int64_t h) {
-  const int64_t D = p.D, Dp = w.tile.Dp;
-  const A* kv = static_cast<const A*>(p.saved_kv) + (chunk * p.H + h) * D * D;
-  const A* k_sum = static_cast<const A*>(p.saved_k_sum) + (chunk * p.H + h) * D;
-  RunningState<A>& state = w.tile.state;
-  clear(state, Dp);
-  for (int64_t i = 0; i < D; ++i) {
-    for (int64_t j = 0; j < D; ++j) state.kv[i * Dp + j] = kv[i * D + j];
-    state.k_sum[i] = w.k_sum_start[i] = k_sum[i];
+void load_saved(BackwardRows<A>& w, const GatedRelaParams& p, int64_t slot, int64_t h) {
+  const int64_t D = p.D, Dp = w.chunk.Dp;
+  const A* kv = static_cast<const A*>(p.saved_kv) + (slot * p.H + h) * D * D;
+  const A* k_sum = static_cast<const A*>(p.saved_k_sum) + (slot * p.H + h) * D;
+  spread_rows(kv, w.chunk.state.kv, D, Dp);
+  transpose(kv, D, w.start_t, D, Dp);
+  __builtin_memcpy(w.chunk.state.k_sum, k_sum, std::size_t(D) * sizeof(A));
+  __builtin_memcpy(w.z, k_sum, std::size_t(D) * sizeof(A));
+}
+
+// T and y of the later items move over this chunk's: dk and dvalues.
+template <class A, int kN>
+void backward_keys(BackwardRows<A>& w, const Sink<A>& dk) {
+  const Chunk<A>& c = w.chunk;
+  const int64_t n = c.n, D = c.D, Dp = c.Dp;
+  const Source<A> dnum = rows_of(w.dnum, c), rot_q = rows_of(c.rot_q, c);
+  const Source<A> rot_k = rows_of(c.rot_k, c), values = values_of(c);
+  scan<true>(dnum, rot_q, values, w.later_t, w.drot, n, D, Dp);      // T_t v_t
+  scan<true>(rot_q, dnum, rot_k, w.later.kv, w.dvalues, n, D, Dp);  // T_t^T R phi(k_t)
+  if (w.later.has_base) {
+    add_base(values, w.later_base_t, w.drot, n, D, Dp);
+    add_base(rot_k, w.later.kv_base, w.dvalues, n, D, Dp);
+  }
+  finish_keys<A, kN>(w, dk);
+  if (has_filled(w.later, c.n)) {
+    join_base(w.later.kv_base, w.later.kv, Dp * Dp);
+    join_base(w.later_base_t, w.later_t, Dp * Dp);
+    join_base(w.later.k_sum_base, w.later.k_sum, Dp);
   }
 }
 
-template <class A>
-void backward_chunk(BackwardTile<A>& w, const GatedRelaBackwardParams& p, const Span& span,
-                    int64_t b, int64_t h, int64_t t0, int n, int64_t chunk) {
+template <class A, int kN, bool kTail>
+void backward_chunk(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const Span& span,
+                    int64_t b, int64_t h, int64_t t0, int64_t position) {
   const GatedRelaParams& f = p.forward;
-  Tile<A>& tile = w.tile;
-  const int64_t D = f.D, Dp = tile.Dp, past = f.W - 1;
-  const int64_t position = (f.initial.position ? f.initial.position[b] : 0) + t0;
-  load_saved(w, f, chunk, h);
-  transpose(tile.state.kv, w.transposed, D, Dp);
-  stage(tile, f, span, b, h, t0, n);
-  scan<A, false>(tile.rot_k, tile.values + past * Dp, tile.rot_q, tile.state.kv, tile.num, n, D);
-  normalise(tile, position + 1, f.eps);
-  divide(tile);
-  if (f.conv_weight) convolve(tile);
-  if (f.gate.data) load_rows(w.gate, Dp, f.gate, f.dtype, span, t0, n, h, D);
-  load_rows(w.dy, Dp, p.grad_out, f.dtype, span, t0, n, h, D);
-  differentiate_rows(w, f);
-  if (f.gate.data) store_rows(w.dgate, Dp, p.dgate, f.dtype, span, t0, n, h, D);
-  backward_queries(w, p, span, h, t0);
-  backward_keys(w, p, span, h, t0);
-  if (f.conv_weight) backward_conv(w, f);
-  add_grad_final_conv(w, p, span, b, h, t0);
-  store_rows(w.dvalues, Dp, p.dv, f.dtype, span, t0, n, h, D);
+  Chunk<A>& c = w.chunk;
+  const int64_t D = f.D, Dp = c.Dp;
+  const int n = c.n;
+  const auto read = [&](A* copy, const Rows& rows) {
+    return read_rows(copy, Dp, rows, f.dtype, span, t0, n, h, D);
+  };
+  const auto write = [&](const Rows& rows, auto&& body) {
+    const Sink<A> sink = open_rows(w.out, Dp, rows, f.dtype, span, t0, h, D);
+    body(sink);
+    finish_rows(w.out, sink, Dp, rows, f.dtype, span, t0, n, h, D);
+  };
+  load_saved(w, f, first_chunk(f, b) + t0 / kChunk, h);
+  fill_rotation(c.rotation, n);
+  map_keys<A, kN, kTail, true>(c, read(c.q, f.q), read(c.k, f.k), position + 1, f.eps);
+  read_values(c, f, span, b, h, t0);
+  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
+
+  const Source<A> dy = read(w.dy, p.grad_out);
+  if (f.gate.data) {
+    const Source<A> gate = read(w.gate, f.gate);
+    write(p.dgate, [&](const Sink<A>& dgate) { differentiate_rows<A, kN>(w, f, gate, dy, dgate); });
+  } else {
+    differentiate_rows<A, kN>(w, f, dy, dy, Sink<A>{});
+  }
+  // S_t dnum_t with S transposed: rows are value dims, lanes are keys.
+  scan<false>(values_of(c), rows_of(c.rot_k, c), rows_of(w.dnum, c), w.start_t, w.drot, n, D, Dp);
+  write(p.dq, [&](const Sink<A>& dq) { finish_queries<A, kN>(w, dq); });
+  write(p.dk, [&](const Sink<A>& dk) { backward_keys<A, kN>(w, dk); });
+  if (f.conv_weight == nullptr) {
+    return store_rows(w.dvalues, Dp, p.dv, f.dtype, span, t0, n, h, D);
+  }
+  write(p.dv, [&](const Sink<A>& dv) {
+    f.W == 4 ? backward_conv<A, kN, 4>(w, dv) : backward_conv<A, kN, 0>(w, dv);
+    add_grad_final_conv(w, p, span, b, h, t0, dv);
+  });
 }
 
-template <class A>
-void backward_one(const GatedRelaBackwardParams& p, int64_t b, int64_t h, BackwardTile<A>& w) {
+template <class A, int kN, bool kTail>
+void backward_one(BackwardRows<A>& w, const GatedRelaBackwardParams& p, int64_t b, int64_t h) {
   const GatedRelaParams& f = p.forward;
+  Chunk<A>& c = w.chunk;
   const Span span = span_of(f, b);
-  const int64_t Dp = w.tile.Dp, past = f.W - 1;
+  const int64_t Dp = c.Dp, past = f.W - 1;
   clear(w.later, Dp);
-  __builtin_memset(w.dpre, 0, std::size_t((kChunk + past) * Dp) * sizeof(A));
+  clear(w.later_t, Dp * Dp);
+  clear(w.later_base_t, Dp * Dp);
+  clear(w.dpre, (kChunk + past) * Dp);
   if (p.grad_final.kv) {
-    load_state(w.later.kv_base, w.later.k_sum_base, p.grad_final, b, h, f.D, Dp);
-    w.later.has_base = true;
+    load_state(w.later, p.grad_final, b, h, f.D, Dp);
+    transpose(w.later.kv_base, Dp, w.later_base_t, f.D, Dp);
   }
 
+  const int64_t start = f.initial.position ? f.initial.position[b] : 0;
   const int64_t chunks = (span.length + kChunk - 1) / kChunk;
-  for (int64_t c = chunks - 1; c >= 0; --c) {
-    const int64_t t0 = c * kChunk;
-    const int n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
-    if (c < chunks - 1) {
+  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+    const int64_t t0 = chunk * kChunk;
+    c.n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
+    if (chunk == chunks - 1) {
+      start_rotation(c.rotation, start + t0);
+    } else {
+      turn_chunk<true>(c.rotation, chunk, start + t0);
       // The two ranges overlap where W - 1 > kChunk.
       __builtin_memmove(w.dpre + kChunk * Dp, w.dpre, std::size_t(past * Dp) * sizeof(A));
     }
-    backward_chunk(w, p, span, b, h, t0, n, first_chunk(f, b) + c);
+    backward_chunk<A, kN, kTail>(w, p, span, b, h, t0, start + t0);
   }
   store_grad_initial(w, p, span, b, h);
   if (f.lengths) {
@@ -267,16 +347,16 @@ void backward_one(const GatedRelaBackwardParams& p, int64_t b, int64_t h, Backwa
 
 // One group of consecutive sequences adds up its share of the weight gradients: the sums' order
 // depends on B alone, never on the number of threads.
-template <class A>
-void backward_group(const GatedRelaBackwardParams& p, int64_t group, int64_t h,
-                    BackwardTile<A>& w) {
+template <class A, int kN, bool kTail>
+void backward_group(BackwardRows<A>& w, const GatedRelaBackwardParams& p, int64_t group,
+                    int64_t h) {
   const GatedRelaParams& f = p.forward;
-  const int64_t Dp = w.tile.Dp;
-  load_conv(w.tile, f, h);
-  for (int64_t i = 0; i < f.W * Dp; ++i) w.dweight[i] = A(0);
-  for (int64_t d = 0; d < Dp; ++d) w.dbias[d] = A(0);
+  const int64_t Dp = w.chunk.Dp;
+  load_head(w.chunk, f, h);
+  clear(w.dweight, f.W * Dp);
+  clear(w.dbias, Dp);
   const int64_t end = f.B * (group + 1) / p.groups;
-  for (int64_t b = f.B * group / p.groups; b < end; ++b) backward_one(p, b, h, w);
+  for (int64_t b = f.B * group / p.groups; b < end; ++b) backward_one<A, kN, kTail>(w, p, b, h);
   if (f.conv_weight == nullptr) return;
   const int64_t channel = (group * f.H + h) * f.D;
   for (int64_t d = 0; d < f.D; ++d) {
@@ -289,12 +369,16 @@ void backward_group(const GatedRelaBackwardParams& p, int64_t group, int64_t h,
 
 template <class A>
 void backward_range(const GatedRelaBackwardParams& p, int64_t begin, int64_t end) {
-  BackwardTile<A> w;
+  BackwardRows<A> w;
   with_scratch([&](Scratch& scratch) { lay_out(w, scratch, p.forward); },
                [&] {
-                 for (int64_t i = begin; i < end; ++i) {
-                   backward_group(p, i / p.forward.H, i % p.forward.H, w);
-                 }
+                 prepare(w.chunk);
+                 with_width<A>(p.forward.D, [&](auto vectors, auto tail) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     backward_group<A, vectors.value, tail.value>(w, p, i / p.forward.H,
+                                                                  i % p.forward.H);
+                   }
+                 });
                });
 }
 

@@ -1,77 +1,116 @@
 // gated_rela forward: y = SiLU(gate) * (num / den + SiLU(conv(v))). Included by every level file.
 
-// The last W - 1 values of the history, items of the initial state included.
-template <class A>
-void store_last_values(const GatedRelaParams& p, const Span& span, int64_t b, int64_t h,
-                       Tile<A>& tile) {
-  load_past_values(tile, p, span, b, span.length, h);
-  for (int64_t r = 0; r < p.W - 1; ++r) {
-    A* to = static_cast<A*>(p.final.conv) + b * p.final.conv_stride + r * p.H * p.D + h * p.D;
-    for (int64_t d = 0; d < p.D; ++d) to[d] = tile.values[r * tile.Dp + d];
+// y of a chunk from num.
+template <class A, int kN, int kW, bool kConv, bool kGate>
+RECGRELA_NOINLINE void finish_chunk(const Chunk<A>& c, const Source<A>& gate, const Sink<A>& out) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t nv = kN ? kN : c.Dp / L;
+  for (int t = 0; t < c.n; ++t) {
+    const A scale = c.scale[t];
+    for (int64_t m = 0; m < nv; ++m) {
+      Vec<A> y = load_vector(c.num + (t * nv + m) * L) * scale;
+      if (kConv) y += silu<A>(convolved<A, kN, kW>(c, nv, t, m));
+      if (kGate) y *= silu<A>(load_vector(gate.row(t) + m * L));
+      store_vector(y, out.row(t) + m * L);
+    }
   }
 }
 
-template <class A>
-void forward_one(const GatedRelaParams& p, int64_t b, int64_t h, Tile<A>& tile, A* gate) {
-  const Span span = span_of(p, b);
-  const int64_t D = p.D, Dp = tile.Dp;
-  const int64_t position = p.initial.position ? p.initial.position[b] : 0;
-  RunningState<A>& state = tile.state;
-  clear(state, Dp);
-  if (p.initial.kv) {
-    load_state(state.kv_base, state.k_sum_base, p.initial, b, h, D, Dp);
-    state.has_base = true;
+template <class A, int kN>
+void finish_chunk(const Chunk<A>& c, const GatedRelaParams& p, const Source<A>& gate,
+                  const Sink<A>& out) {
+  const bool has_gate = p.gate.data != nullptr;
+  if (p.conv_weight == nullptr) {
+    return has_gate ? finish_chunk<A, kN, 0, false, true>(c, gate, out)
+                    : finish_chunk<A, kN, 0, false, false>(c, gate, out);
   }
-  load_conv(tile, p, h);
+  if (c.W == 4 && has_gate) return finish_chunk<A, kN, 4, true, true>(c, gate, out);
+  if (has_gate) return finish_chunk<A, kN, 0, true, true>(c, gate, out);
+  finish_chunk<A, kN, 0, true, false>(c, gate, out);
+}
 
-  int64_t chunk = p.saved_kv ? first_chunk(p, b) : 0;
-  for (int64_t t0 = 0; t0 < span.length; t0 += kChunk, ++chunk) {
-    const int n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
+// The last W - 1 values of the history, items of the initial state included.
+template <class A>
+void store_last_values(Chunk<A>& c, const GatedRelaParams& p, const Span& span, int64_t b,
+                       int64_t h) {
+  load_past_values(c, p, span, b, h, span.length);
+  for (int64_t r = 0; r < p.W - 1; ++r) {
+    A* to = static_cast<A*>(p.final.conv) + b * p.final.conv_stride + r * p.H * p.D + h * p.D;
+    __builtin_memcpy(to, c.value_rows + r * c.Dp, std::size_t(p.D) * sizeof(A));
+  }
+}
+
+// Memory of one thread.
+template <class A>
+struct ForwardRows {
+  Chunk<A> chunk;
+  A *gate, *out;  // [kChunk, Dp]: copies of rows that cannot be used in place
+};
+
+template <class A, int kN, bool kTail>
+void forward_chunk(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span, int64_t b,
+                   int64_t h, int64_t t0, int64_t position) {
+  Chunk<A>& c = w.chunk;
+  const int64_t D = c.D, Dp = c.Dp;
+  const int n = c.n;
+  const Source<A> q = read_rows(c.q, Dp, p.q, p.dtype, span, t0, n, h, D);
+  const Source<A> k = read_rows(c.k, Dp, p.k, p.dtype, span, t0, n, h, D);
+  fill_rotation(c.rotation, n);
+  map_keys<A, kN, kTail, false>(c, q, k, position + 1, p.eps);
+  read_values(c, p, span, b, h, t0);
+  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
+  if (c.state.has_base) add_base(rows_of(c.rot_q, c), c.state.kv_base, c.num, n, D, Dp);
+  moved_on(c.state, n, Dp);
+  Source<A> gate{};
+  if (p.gate.data) gate = read_rows(w.gate, Dp, p.gate, p.dtype, span, t0, n, h, D);
+  const Sink<A> out = open_rows(w.out, Dp, p.out, p.dtype, span, t0, h, D);
+  finish_chunk<A, kN>(c, p, gate, out);
+  finish_rows(w.out, out, Dp, p.out, p.dtype, span, t0, n, h, D);
+}
+
+template <class A, int kN, bool kTail>
+void forward_one(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t h) {
+  Chunk<A>& c = w.chunk;
+  const Span span = span_of(p, b);
+  const int64_t D = p.D, start = p.initial.position ? p.initial.position[b] : 0;
+  load_head(c, p, h);
+  clear(c.state, c.Dp);
+  if (p.initial.kv) load_state(c.state, p.initial, b, h, D, c.Dp);
+  const int64_t slot = p.saved_kv ? first_chunk(p, b) : 0;
+  for (int64_t t0 = 0; t0 < span.length; t0 += kChunk) {
+    const int64_t chunk = t0 / kChunk;
+    c.n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
     if (p.saved_kv) {
-      A* kv = static_cast<A*>(p.saved_kv) + (chunk * p.H + h) * D * D;
-      A* k_sum = static_cast<A*>(p.saved_k_sum) + (chunk * p.H + h) * D;
-      for (int64_t i = 0; i < D; ++i) {
-        for (int64_t j = 0; j < D; ++j) {
-          kv[i * D + j] = state.kv_base[i * Dp + j] + state.kv[i * Dp + j];
-        }
-        k_sum[i] = state.k_sum_base[i] + state.k_sum[i];
-      }
+      const int64_t at = (slot + chunk) * p.H + h;
+      store_sum(c.state, static_cast<A*>(p.saved_kv) + at * D * D,
+                static_cast<A*>(p.saved_k_sum) + at * D, D, c.Dp);
     }
-    stage(tile, p, span, b, h, t0, n);
-    scan<A, false>(tile.rot_k, tile.values + (p.W - 1) * Dp, tile.rot_q, state.kv,
-                   state.has_base ? state.kv_base : nullptr, tile.num, n, D);
-    normalise(tile, position + t0 + 1, p.eps);
-    moved_on(state, n, Dp);
-    divide(tile);
-    if (p.conv_weight) {
-      convolve(tile);
-      add_silu(tile.num, tile.augmented, n * Dp);
-    }
-    if (p.gate.data) {
-      load_rows(gate, Dp, p.gate, p.dtype, span, t0, n, h, D);
-      scale_by_silu(tile.num, gate, n * Dp);
-    }
-    store_rows(tile.num, Dp, p.out, p.dtype, span, t0, n, h, D);
+    turn_chunk<false>(c.rotation, chunk, start + t0);
+    forward_chunk<A, kN, kTail>(w, p, span, b, h, t0, start + t0);
   }
   if (p.lengths) zero_rows<A>(p.out, p.dtype, span, span.length, p.L, h, D);
   if (p.final.kv) {
-    store_sum(state, p.final, b, h, D, Dp);
-    store_last_values(p, span, b, h, tile);
+    store_state(c.state, p.final, b, h, D, c.Dp);
+    store_last_values(c, p, span, b, h);
   }
 }
 
 template <class A>
 void forward_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
-  Tile<A> tile;
-  A* gate;
-  with_scratch(
-      [&](Scratch& scratch) {
-        lay_out(tile, scratch, p);
-        gate = scratch.take<A>(kChunk * tile.Dp);
-      },
-      [&] {
-        for (int64_t i = begin; i < end; ++i) forward_one(p, i / p.H, i % p.H, tile, gate);
-      });
+  ForwardRows<A> w;
+  const auto layout = [&](Scratch& scratch) {
+    lay_out(w.chunk, scratch, p, false);
+    w.gate = scratch.take<A>(kChunk * w.chunk.Dp);
+    w.out = scratch.take<A>(kChunk * w.chunk.Dp);
+  };
+  with_scratch(layout, [&] {
+    prepare(w.chunk);
+    with_width<A>(p.D, [&](auto vectors, auto tail) {
+      for (int64_t i = begin; i < end; ++i) {
+        forward_one<A, vectors.value, tail.value>(w, p, i / p.H, i % p.H);
+      }
+    });
+  });
 }
 
 void gated_rela(const GatedRelaParams& p, int64_t begin, int64_t end) {

@@ -26,9 +26,9 @@ void fill_pairs(A* cosines, A* sines, const double* inv_freq, int64_t pairs, int
 // phi of q and k into phi_q and phi_k, their adjacent pairs turned into q and k.
 template <class A>
 void turn_keys(StepRows<A>& w, int64_t D, const A* cosines, const A* sines) {
-  for (int64_t d = 0; d < D; ++d) {
-    w.phi_q[d] = feature_map(w.q[d]);
-    w.phi_k[d] = feature_map(w.k[d]);
+  for (int64_t d = 0; d < D; d += kLanes<A>) {
+    store_vector(feature_map<A>(load_vector(w.q + d)), w.phi_q + d);
+    store_vector(feature_map<A>(load_vector(w.k + d)), w.phi_k + d);
   }
   for (int64_t i = 0; i < D / 2; ++i) {
     const A c = cosines[i], s = sines[i];
@@ -64,15 +64,26 @@ void step_attention(StepRows<A>& w, A* __restrict kv, A* __restrict k_sum, int64
   for (int64_t d = 0; d < D; ++d) out[d] *= scale;
 }
 
-// out += SiLU(conv) of the window [W-1, width] and v; weight [D, W], bias [D] or nullptr.
+// out += SiLU(conv) of the window [W-1, width] and v; weight [D, W], bias [D] or nullptr. q is
+// overwritten.
 template <class A>
 void step_conv(StepRows<A>& w, const A* window, const A* weight, const A* bias, int64_t D,
                int64_t W, int64_t width) {
   for (int64_t d = 0; d < D; ++d) {
     A pre = bias ? bias[d] : A(0);
     for (int64_t j = 0; j + 1 < W; ++j) pre += weight[d * W + j] * window[j * width + d];
-    pre += weight[d * W + W - 1] * w.v[d];
-    w.out[d] += silu(pre);
+    w.q[d] = pre + weight[d * W + W - 1] * w.v[d];
+  }
+  for (int64_t d = 0; d < D; d += kLanes<A>) {
+    store_vector(load_vector(w.out + d) + silu<A>(load_vector(w.q + d)), w.out + d);
+  }
+}
+
+// out *= SiLU(gate)
+template <class A>
+void step_gate(StepRows<A>& w, int64_t D) {
+  for (int64_t d = 0; d < D; d += kLanes<A>) {
+    store_vector(load_vector(w.out + d) * silu<A>(load_vector(w.gate + d)), w.out + d);
   }
 }
 
@@ -110,7 +121,7 @@ void step_one(const GatedRelaStepParams& p, int64_t b, int64_t h, StepRows<A>& w
   move_window(window, w.v, D, p.W, width);
   if (p.gate.data) {
     load_rows(w.gate, D, p.gate, p.dtype, span, 0, 1, h, D);
-    scale_by_silu(w.out, w.gate, D);
+    step_gate(w, D);
   }
   store_rows(w.out, D, p.out, p.dtype, span, 0, 1, h, D);
 }

@@ -6,8 +6,7 @@
 //   inv_freq   [H, D/2] float64         conv_weight [H*D, W], conv_bias [H*D]
 //   states     kv [H, D, D] (key dim first), k_sum [H, D], conv [W-1, H*D]: contiguous inside one
 //              user, any stride between users
-//   saved_*    the states at the start of every chunk of kChunk items, in the kernel's own key
-//   order
+//   saved_*    the states at the start of every chunk of kChunk items
 // conv_weight, conv_bias, states and saved states are double for double rows and float otherwise.
 #pragma once
 #include <cstdint>
@@ -15,7 +14,6 @@
 namespace recgrela {
 
 constexpr int kChunk = 64;
-constexpr int kMaxPairs = 64;  // rotary pairs turned at once; larger heads loop
 
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
@@ -36,7 +34,7 @@ struct GatedRelaParams {
   double eps;
   Rows q, k, v, gate, out;       // gate.data nullptr: no gate
   const double* inv_freq;        // [H, D/2]
-  const double* step_rotation;   // [H, kChunk, 2, D/2], see fill_step_rotation
+  const double* step_rotation;   // [H, kChunk + 1, 2, D/2], see fill_step_rotation
   const void* conv_weight;       // nullptr: no rank augmentation, W is 1
   const void* conv_bias;         // nullptr: zero
   const int64_t* lengths;        // [B] or nullptr
@@ -109,8 +107,8 @@ const Kernels& kernels();
 // The levels this machine can run, a comma between them.
 const char* available_levels();
 
-// cos and sin of j * inv_freq for the first items of a chunk: table [H, kChunk, 2, D/2].
-void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_t D, int64_t items);
+// cos and sin of j * inv_freq, j = 0 .. kChunk: table [H, kChunk + 1, 2, D/2].
+void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_t D, DType dtype);
 
 // Where the saved chunk states of sequence b begin, and how many chunks a call may need in all.
 int64_t first_chunk(const GatedRelaParams& p, int64_t b);

@@ -1,14 +1,17 @@
 // Body of a level file: every kernel, compiled for the target its pragma names. The level file
-// defines RECGRELA_LEVEL (a namespace) and RECGRELA_KERNELS (the table's name) first.
+// defines RECGRELA_VECTOR_BYTES, RECGRELA_LEVEL (a namespace) and RECGRELA_KERNELS (the table's
+// name) first.
 namespace recgrela {
 namespace RECGRELA_LEVEL {
 #include "simd.h"
 // keep this order
 #include "rows.h"
 // keep this order
+#include "rotation.h"
 #include "running_state.h"
+#include "scan.h"
 // keep this order
-#include "tile.h"
+#include "chunk.h"
 // keep this order
 #include "gated_rela_backward.h"
 #include "gated_rela_forward.h"

@@ -7,6 +7,7 @@
 #else
 #pragma GCC target("avx2,fma")
 #endif
+#define RECGRELA_VECTOR_BYTES 32
 #define RECGRELA_LEVEL avx2
 #define RECGRELA_LEVEL_NAME "avx2"
 #define RECGRELA_KERNELS kAvx2Kernels

@@ -8,6 +8,7 @@
 #else
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
 #endif
+#define RECGRELA_VECTOR_BYTES 64
 #define RECGRELA_LEVEL avx512
 #define RECGRELA_LEVEL_NAME "avx512"
 #define RECGRELA_KERNELS kAvx512Kernels

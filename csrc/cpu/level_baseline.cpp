@@ -1,6 +1,7 @@
 // The kernels for any processor.
 #include "level_headers.h"
 
+#define RECGRELA_VECTOR_BYTES 16
 #define RECGRELA_LEVEL baseline
 #define RECGRELA_LEVEL_NAME "baseline"
 #define RECGRELA_KERNELS kBaselineKernels

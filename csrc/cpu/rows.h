@@ -1,34 +1,31 @@
 // Scratch memory, and rows of q, k, v, gate, out and their gradients in and out of it. Included by
-// every level file. A staged row has Dp = D rounded up to whole vectors, zeros behind D.
-//
-// Keys are staged with the even members of the rotary pairs first, then the odd ones: the products
-// q.k do not care, and the rotation becomes two plain half-row loops. States use the same key
-// order.
+// every level file. A staged row has Dp = D rounded up to whole vectors; what lies behind D is 0.
 
-// Rows a square state needs: whole vectors of scalars, so that fixed-size loops may read them.
 template <class A>
 RECGRELA_INLINE int64_t padded(int64_t D) {
   return (D + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// Bump allocation of 64-byte aligned, zeroed scratch. The vector is sized by a dry run.
+// Bump allocation of 64-byte aligned, zeroed scratch. The memory is sized by a dry run. Blocks of
+// whole pages would lie on the same lines of the first-level cache, so each is followed by a gap.
 class Scratch {
  public:
   explicit Scratch(char* base) : base_(base) {}
   template <class A>
   A* take(int64_t count) {
     A* at = reinterpret_cast<A*>(base_ + used_);
-    used_ += (count * int64_t(sizeof(A)) + 63) / 64 * 64;
+    used_ += (count * int64_t(sizeof(A)) + 63) / 64 * 64 + kGap;
     return at;
   }
   int64_t used() const { return used_; }
 
  private:
+  static constexpr int64_t kGap = 5 * 64;
   char* base_;
   int64_t used_ = 0;
 };
 
-// Runs body(scratch) on zeroed memory of the size that layout(scratch) asks for.
+// Runs body() on zeroed memory of the size that layout(scratch) asks for.
 template <class Layout, class Body>
 void with_scratch(Layout&& layout, Body&& body) {
   Scratch dry(nullptr);
@@ -59,106 +56,83 @@ RECGRELA_INLINE S* row_at(const Rows& rows, const Span& span, int64_t t, int64_t
          (span.start + t) * rows.item_stride + h * rows.head_stride;
 }
 
-// rows t0 .. t0+n-1 of one head into dst [n, Dp], dims in their natural order.
 template <class A>
-void load_rows(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype, const Span& span,
-               int64_t t0, int n, int64_t h, int64_t D) {
+constexpr DType kNative = sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat;
+
+// n rows of one head, `stride` apart: the tensor's own memory, or a copy in scratch.
+template <class A>
+struct Source {
+  const A* data;
+  int64_t stride;
+  RECGRELA_INLINE const A* row(int64_t t) const { return data + t * stride; }
+};
+template <class A>
+struct Sink {
+  A* data;
+  int64_t stride;
+  RECGRELA_INLINE A* row(int64_t t) const { return data + t * stride; }
+};
+
+// One row between storage and scratch.
+template <class S, class A>
+RECGRELA_INLINE void copy_row(const S* __restrict from, A* __restrict to, int64_t D) {
+  int64_t d = 0;
+  if constexpr (std::is_same_v<S, A>) {
+    for (; d + kLanes<A> <= D; d += kLanes<A>) store_vector(load_vector(from + d), to + d);
+    for (; d < D; ++d) to[d] = from[d];
+  } else if constexpr (sizeof(S) < sizeof(A)) {
+    for (; d < D; ++d) to[d] = widen(from[d]);
+  } else {
+    for (; d < D; ++d) narrow(from[d], to + d);
+  }
+}
+
+// Rows t0 .. t0+n-1 of one head into dst [n, Dp].
+template <class A>
+RECGRELA_NOINLINE void load_rows(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype,
+                                 const Span& span, int64_t t0, int n, int64_t h, int64_t D) {
   with_storage<A>(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
       const S* __restrict from = row_at<const S>(rows, span, t0 + t, h);
-      if (std::is_same_v<S, A> && D % kLanes<A> == 0) {
-        for (int64_t d = 0; d < D; d += kLanes<A>) {
-          store_vector(load_vector(reinterpret_cast<const A*>(from) + d), dst + t * Dp + d);
-        }
-      } else {
-        for (int64_t d = 0; d < D; ++d) dst[t * Dp + d] = widen(from[d]);
-      }
-    }
-  });
-}
-
-// The same for rows in key order: even members of the pairs first.
-template <class A>
-void load_keys(A* __restrict dst, int64_t Dp, const Rows& rows, DType dtype, const Span& span,
-               int64_t t0, int n, int64_t h, int64_t D) {
-  const int64_t pairs = D / 2;
-  with_storage<A>(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    for (int t = 0; t < n; ++t) {
-      const S* __restrict from = row_at<const S>(rows, span, t0 + t, h);
-      A* __restrict even = dst + t * Dp;
-      A* __restrict odd = even + pairs;
-      if constexpr (std::is_same_v<S, float>) {
-        if (D == 16) {
-          store_vector(split_pairs(load_vector(from)), even);
-          continue;
-        }
-        if (D % 32 == 0) {
-          for (int64_t i = 0; i < pairs; i += 16) {
-            const Vec<float> x = load_vector(from + 2 * i), y = load_vector(from + 2 * i + 16);
-            store_vector(even_lanes(x, y), even + i);
-            store_vector(odd_lanes(x, y), odd + i);
-          }
-          continue;
-        }
-      }
-      for (int64_t i = 0; i < pairs; ++i) {
-        even[i] = widen(from[2 * i]);
-        odd[i] = widen(from[2 * i + 1]);
-      }
+      copy_row(from, dst + t * Dp, D);
     }
   });
 }
 
 template <class A>
-void store_rows(const A* __restrict src, int64_t Dp, const Rows& rows, DType dtype,
-                const Span& span, int64_t t0, int n, int64_t h, int64_t D) {
+RECGRELA_NOINLINE void store_rows(const A* __restrict src, int64_t Dp, const Rows& rows,
+                                  DType dtype, const Span& span, int64_t t0, int n, int64_t h,
+                                  int64_t D) {
   with_storage<A>(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     for (int t = 0; t < n; ++t) {
-      S* __restrict to = row_at<S>(rows, span, t0 + t, h);
-      if (std::is_same_v<S, A> && D % kLanes<A> == 0) {
-        for (int64_t d = 0; d < D; d += kLanes<A>) {
-          store_vector(load_vector(src + t * Dp + d), reinterpret_cast<A*>(to) + d);
-        }
-      } else {
-        for (int64_t d = 0; d < D; ++d) narrow(src[t * Dp + d], to + d);
-      }
+      copy_row(src + t * Dp, row_at<S>(rows, span, t0 + t, h), D);
     }
   });
 }
 
+// The rows in place where they are whole vectors of A, else copied to `copy`.
 template <class A>
-void store_keys(const A* __restrict src, int64_t Dp, const Rows& rows, DType dtype,
-                const Span& span, int64_t t0, int n, int64_t h, int64_t D) {
-  const int64_t pairs = D / 2;
-  with_storage<A>(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    for (int t = 0; t < n; ++t) {
-      S* __restrict to = row_at<S>(rows, span, t0 + t, h);
-      const A* __restrict even = src + t * Dp;
-      const A* __restrict odd = even + pairs;
-      if constexpr (std::is_same_v<S, float>) {
-        if (D == 16) {
-          store_vector(join_pairs(load_vector(even)), to);
-          continue;
-        }
-        if (D % 32 == 0) {
-          for (int64_t i = 0; i < pairs; i += 16) {
-            const Vec<float> x = load_vector(even + i), y = load_vector(odd + i);
-            store_vector(interleave_low(x, y), to + 2 * i);
-            store_vector(interleave_high(x, y), to + 2 * i + 16);
-          }
-          continue;
-        }
-      }
-      for (int64_t i = 0; i < pairs; ++i) {
-        narrow(even[i], to + 2 * i);
-        narrow(odd[i], to + 2 * i + 1);
-      }
-    }
-  });
+Source<A> read_rows(A* copy, int64_t Dp, const Rows& rows, DType dtype, const Span& span,
+                    int64_t t0, int n, int64_t h, int64_t D) {
+  if (dtype == kNative<A> && D == Dp) return {row_at<const A>(rows, span, t0, h), rows.item_stride};
+  load_rows(copy, Dp, rows, dtype, span, t0, n, h, D);
+  return {copy, Dp};
+}
+
+// Where to write rows: in place where they are whole vectors of A, else to `copy`, which
+// finish_rows takes home.
+template <class A>
+Sink<A> open_rows(A* copy, int64_t Dp, const Rows& rows, DType dtype, const Span& span, int64_t t0,
+                  int64_t h, int64_t D) {
+  if (dtype == kNative<A> && D == Dp) return {row_at<A>(rows, span, t0, h), rows.item_stride};
+  return {copy, Dp};
+}
+template <class A>
+void finish_rows(const A* copy, const Sink<A>& sink, int64_t Dp, const Rows& rows, DType dtype,
+                 const Span& span, int64_t t0, int n, int64_t h, int64_t D) {
+  if (sink.data == copy) store_rows(copy, Dp, rows, dtype, span, t0, n, h, D);
 }
 
 // Padding rows t0 .. L-1 of an output or gradient: exactly zero.

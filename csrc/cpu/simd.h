@@ -1,14 +1,16 @@
-// Vectors of 64 bytes in the compiler's own vector types, exp, and storage conversion. Included by
-// every level file inside the level's namespace, after its target pragma: no include guard.
+// Vectors of the level's register width (RECGRELA_VECTOR_BYTES), exp, SiLU and storage conversion.
+// Included by every level file inside the level's namespace, after its target pragma: no include
+// guard.
 
 template <class A>
 struct VecOf {
-  typedef A type __attribute__((vector_size(64)));
+  typedef A type __attribute__((vector_size(RECGRELA_VECTOR_BYTES)));
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
 template <class A>
-constexpr int kLanes = 64 / sizeof(A);
+constexpr int kLanes = RECGRELA_VECTOR_BYTES / int(sizeof(A));
+using IntVec = VecOf<int32_t>::type;
 
 #define RECGRELA_INLINE inline __attribute__((always_inline))
 #define RECGRELA_NOINLINE __attribute__((noinline))
@@ -16,7 +18,7 @@ constexpr int kLanes = 64 / sizeof(A);
 // The same vector at an address that is only aligned for its elements.
 template <class A>
 struct UnalignedOf {
-  typedef A type __attribute__((vector_size(64), aligned(sizeof(A)), may_alias));
+  typedef A type __attribute__((vector_size(RECGRELA_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
 };
 
 template <class A>
@@ -27,152 +29,151 @@ template <class A>
 RECGRELA_INLINE void store_vector(Vec<A> x, A* to) {
   *reinterpret_cast<typename UnalignedOf<A>::type*>(to) = x;
 }
-
-// Two vectors of neighbouring pairs -> their even members, their odd members; and back.
-RECGRELA_INLINE Vec<float> even_lanes(Vec<float> x, Vec<float> y) {
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-RECGRELA_INLINE Vec<float> odd_lanes(Vec<float> x, Vec<float> y) {
-  return __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-RECGRELA_INLINE Vec<float> interleave_low(Vec<float> even, Vec<float> odd) {
-  return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-RECGRELA_INLINE Vec<float> interleave_high(Vec<float> even, Vec<float> odd) {
-  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
-                                 15, 31);
-}
-// One vector of 8 pairs -> [even members | odd members], and back.
-RECGRELA_INLINE Vec<float> split_pairs(Vec<float> x) {
-  return __builtin_shufflevector(x, x, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-}
-RECGRELA_INLINE Vec<float> join_pairs(Vec<float> x) {
-  return __builtin_shufflevector(x, x, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-RECGRELA_INLINE Vec<float> swap_halves(Vec<float> x) {
-  return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-
-// Eight doubles, rounded to A.
 template <class A>
-RECGRELA_INLINE void store_eight(Vec<double> x, A* to) {
-  typedef A Eight __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
-  const Eight rounded = __builtin_convertvector(x, Eight);
-  *reinterpret_cast<Eight*>(to) = rounded;
+RECGRELA_INLINE Vec<A> zero_vector() {
+  return Vec<A>{};
 }
 
-RECGRELA_INLINE float sum_lanes(Vec<float> x) {
-  typedef float Vec8 __attribute__((vector_size(32)));
-  typedef float Vec4 __attribute__((vector_size(16)));
-  const Vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Vec4 b =
-      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+// The members of every adjacent pair change places.
+template <class A>
+RECGRELA_INLINE Vec<A> swap_pairs(Vec<A> x) {
+  if constexpr (kLanes<A> == 2) {
+    return __builtin_shufflevector(x, x, 1, 0);
+  } else if constexpr (kLanes<A> == 4) {
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2);
+  } else if constexpr (kLanes<A> == 8) {
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else {
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  }
 }
 
-RECGRELA_INLINE double sum_lanes(Vec<double> x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+template <class A>
+RECGRELA_INLINE A sum_lanes(Vec<A> x) {
+  if constexpr (kLanes<A> == 16) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  } else if constexpr (kLanes<A> == 8) {
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  } else if constexpr (kLanes<A> == 4) {
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+  }
+  return x[0] + x[1];
 }
 
-// exp for float, within 1 unit in the last place on [-87, 88]; arguments outside are clamped, so
-// the result is never 0 nor infinite. libm's exp is not vectorised; this loop is. NaN stays NaN.
-RECGRELA_INLINE float exp_clamped(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+// min and max; where y is NaN the result is NaN.
+#if defined(__x86_64__)
+#if RECGRELA_VECTOR_BYTES == 64
+RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return _mm512_min_ps(x, y); }
+RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return _mm512_max_ps(x, y); }
+RECGRELA_INLINE Vec<float> rough_reciprocal(Vec<float> x) { return _mm512_rcp14_ps(x); }
+#elif RECGRELA_VECTOR_BYTES == 32
+RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return _mm256_min_ps(x, y); }
+RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return _mm256_max_ps(x, y); }
+RECGRELA_INLINE Vec<float> rough_reciprocal(Vec<float> x) { return _mm256_rcp_ps(x); }
+#else
+RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return _mm_min_ps(x, y); }
+RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return _mm_max_ps(x, y); }
+RECGRELA_INLINE Vec<float> rough_reciprocal(Vec<float> x) { return _mm_rcp_ps(x); }
+#endif
+// One Newton step from the processor's estimate: within 2 units in the last place, and a fraction
+// of a division's time. Needs 1/x to be a normal number.
+RECGRELA_INLINE Vec<float> reciprocal(Vec<float> x) {
+  const Vec<float> r = rough_reciprocal(x);
+  return r + r * (1.0f - x * r);
+}
+#else
+RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return x < y ? x : y; }
+RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return x > y ? x : y; }
+RECGRELA_INLINE Vec<float> reciprocal(Vec<float> x) { return 1.0f / x; }
+#endif
+RECGRELA_INLINE Vec<double> smaller(Vec<double> x, Vec<double> y) { return x < y ? x : y; }
+RECGRELA_INLINE Vec<double> larger(Vec<double> x, Vec<double> y) { return x > y ? x : y; }
+RECGRELA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+// exp of x in [-87, 88], within 1 unit in the last place. libm's exp is not vectorised. A NaN's
+// exponent bits would be added to: every caller must bring x itself into its result.
+RECGRELA_INLINE Vec<float> exp_inside(Vec<float> x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float n = (x * 1.44269504f + kRound) - kRound;
-  float r = x - n * 0.693145752f;
+  const Vec<float> shifted = x * 1.44269504f + kRound;
+  const Vec<float> n = shifted - kRound;
+  Vec<float> r = x - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
-  float p = 1.9875691e-4f;
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665795e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  // n is NaN for a NaN argument; the cast must still be defined.
-  const int32_t exponent = (x == x ? static_cast<int32_t>(n) : 0) + 127;
-  const int32_t bits = exponent << 23;
-  float scale;
-  __builtin_memcpy(&scale, &bits, sizeof(scale));
-  return p * scale;
+  // 1 + r + r^2 q(r): q's terms in pairs, for the latency.
+  const Vec<float> r2 = r * r;
+  Vec<float> q = r * 8.36871658e-3f + 4.1668389e-2f;
+  q = r2 * 1.38145976e-3f + q;
+  q = r2 * q + (r * 1.66665211e-1f + 4.9999994e-1f);
+  const Vec<float> p = r2 * q + (r + 1.0f);
+  // The low bits of `shifted` are n, which goes to the exponent; kRound's own leave with the shift.
+  const IntVec bits = reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23);
+  return reinterpret_cast<Vec<float>>(bits);
+}
+RECGRELA_INLINE Vec<double> exp_inside(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
 }
 
-RECGRELA_INLINE double exp_clamped(double x) {
-  x = x < -700.0 ? -700.0 : x;
-  x = x > 700.0 ? 700.0 : x;
-  return std::exp(x);
-}
+// The range in which exp and 1 / (1 + exp) are normal numbers.
+template <class A>
+constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-87) : A(-700);
+template <class A>
+constexpr A kHighest = -kLowest<A>;
 
 template <class A>
-RECGRELA_INLINE A sigmoid(A x) {
-  return A(1) / (A(1) + exp_clamped(-x));
+RECGRELA_INLINE Vec<A> splat(A x) {
+  return zero_vector<A>() + x;
 }
 
-// Where SiLU has reached 0. Without the floor the sigmoid, which never gets to 0, would leave
+// phi(x) = x + 1 above 0, exp(x) below; never 0. Its derivative is min(phi(x), 1).
+template <class A>
+RECGRELA_INLINE Vec<A> feature_map(Vec<A> x) {
+  const Vec<A> zero = {};
+  return exp_inside(larger(splat(kLowest<A>), smaller(zero, x))) + larger(zero, x);
+}
+template <class A>
+RECGRELA_INLINE Vec<A> slope_of(Vec<A> phi) {
+  return smaller(splat(A(1)), phi);
+}
+
+// 1 / (1 + exp(-x)) for x >= kLowest.
+template <class A>
+RECGRELA_INLINE Vec<A> sigmoid_above(Vec<A> x) {
+  return reciprocal(exp_inside(-smaller(splat(kHighest<A>), x)) + A(1));
+}
+
+// SiLU has reached 0 at kLowest. Without that floor the sigmoid, which never gets to 0, would leave
 // something of a huge negative x.
 template <class A>
-RECGRELA_INLINE A silu_floor(A x) {
-  constexpr A kFloor = sizeof(A) == sizeof(float) ? A(-87) : A(-700);
-  return x < kFloor ? kFloor : x;
+RECGRELA_INLINE Vec<A> silu(Vec<A> x) {
+  x = larger(splat(kLowest<A>), x);
+  return x * sigmoid_above<A>(x);
 }
 
+// SiLU(x) and its derivative from one sigmoid.
 template <class A>
-RECGRELA_INLINE A silu(A x) {
-  x = silu_floor(x);
-  return x * sigmoid(x);
+struct SiluAndSlope {
+  Vec<A> value, slope;
+};
+template <class A>
+RECGRELA_INLINE SiluAndSlope<A> silu_and_slope(Vec<A> x) {
+  x = larger(splat(kLowest<A>), x);
+  const Vec<A> s = sigmoid_above<A>(x), value = x * s;
+  return {value, s + (value - value * s)};
 }
 
-// phi(x) = x + 1 above 0, exp(x) below; its derivative is min(phi(x), 1).
-template <class A>
-RECGRELA_INLINE A feature_map(A x) {
-  const A e = exp_clamped(x);
-  return x > A(0) ? x + A(1) : e;
-}
-
-// Whole-tile loops: long, over one stretch of memory each, so that the compiler vectorises them at
-// every level (its own vector types have no fast select below AVX-512).
-
-// x = phi(x)
-template <class A>
-RECGRELA_NOINLINE void map_features(A* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = feature_map(x[i]);
-}
-// x = min(x, 1), the slope of phi where x is phi.
-template <class A>
-RECGRELA_NOINLINE void scale_by_slope(A* __restrict x, const A* __restrict phi, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] *= phi[i] < A(1) ? phi[i] : A(1);
-}
-// out += SiLU(pre)
-template <class A>
-RECGRELA_NOINLINE void add_silu(A* __restrict out, const A* __restrict pre, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] += silu(pre[i]);
-}
-// out *= SiLU(gate)
-template <class A>
-RECGRELA_NOINLINE void scale_by_silu(A* __restrict out, const A* __restrict gate, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] *= silu(gate[i]);
-}
-// y = SiLU(gate) * o:  dgate = dy * o * SiLU'(gate),  d(o) = dy * SiLU(gate)
-template <class A>
-RECGRELA_NOINLINE void differentiate_gate(A* __restrict dgate, A* __restrict d_o,
-                                          const A* __restrict dy, const A* __restrict o,
-                                          const A* __restrict gate, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A g = silu_floor(gate[i]), s = sigmoid(g);
-    dgate[i] = dy[i] * o[i] * (s * (A(1) + g * (A(1) - s)));
-    d_o[i] = dy[i] * (g * s);
-  }
-}
-// a = SiLU(pre):  dpre = da * SiLU'(pre)
-template <class A>
-RECGRELA_NOINLINE void differentiate_silu(A* __restrict dpre, const A* __restrict da,
-                                          const A* __restrict pre, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A x = silu_floor(pre[i]), s = sigmoid(x);
-    dpre[i] = da[i] * (s * (A(1) + x * (A(1) - s)));
-  }
+// x[i] = f(x[i]) for vectors, the last one filled up where count is not a multiple.
+template <class A, class F>
+RECGRELA_INLINE void map_values(A* x, int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store_vector(f(load_vector(x + i)), x + i);
+  if (i == count) return;
+  A last[kLanes<A>] = {};
+  for (int64_t j = 0; j < count - i; ++j) last[j] = x[i + j];
+  store_vector(f(load_vector(last)), last);
+  for (int64_t j = 0; j < count - i; ++j) x[i + j] = last[j];
 }
 
 struct BFloat16 {

@@ -104,8 +104,7 @@ GatedRelaParams sequence_params(const SequenceArgs& a, const Dims& d, const Tens
   if (a.gate) p.gate = rows_of(*a.gate, packed);
   p.inv_freq = static_cast<const double*>(a.inv_freq.const_data_ptr());
   double* table = static_cast<double*>(step_rotation.mutable_data_ptr());
-  const int64_t longest = packed ? d.packed_items : d.L;
-  fill_step_rotation(table, p.inv_freq, d.H, d.D, longest < kChunk ? longest : kChunk);
+  fill_step_rotation(table, p.inv_freq, d.H, d.D, p.dtype);
   p.step_rotation = table;
   p.conv_weight = data_or_null(a.conv_weight);
   p.conv_bias = data_or_null(a.conv_bias);

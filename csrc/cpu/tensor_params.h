@@ -18,7 +18,7 @@ struct SequenceArgs {
 
 Dims check_sequence(const SequenceArgs& args);
 
-// Everything but out, final and the saved states. step_rotation [H, kChunk, D] is filled here.
+// Everything but out, final and the saved states. step_rotation [H, kChunk + 1, D] is filled here.
 GatedRelaParams sequence_params(const SequenceArgs& args, const Dims& dims,
                                 const Tensor& step_rotation);
 

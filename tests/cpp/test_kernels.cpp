@@ -139,12 +139,12 @@ struct Run {
         k_sum(B * H * D),
         conv(B * (W - 1) * H * D),
         inv_freq(p.inv_freq),
-        step_rotation(H * kChunk * D) {
+        step_rotation(H * (kChunk + 1) * D) {
     const int64_t chunks = count_chunks(B, L, 0, false);
     saved_kv.assign(chunks * H * D * D, T(kNaN));
     saved_k_sum.assign(chunks * H * D, T(kNaN));
-    fill_step_rotation(step_rotation.data(), inv_freq.data(), H, D, kChunk);
     params.dtype = sizeof(T) == sizeof(double) ? DType::kDouble : DType::kFloat;
+    fill_step_rotation(step_rotation.data(), inv_freq.data(), H, D, params.dtype);
     params.B = B, params.L = L, params.H = H, params.D = D, params.W = W;
     params.eps = kEps;
     params.q = rows(q), params.k = rows(k), params.v = rows(v), params.gate = rows(gate);
