@@ -1,6 +1,6 @@
 """Peak memory and time of loading and splitting ten million made-up events.
 
-    python benchmarks/data_memory.py            # writes benchmarks/results/data-memory.json
+    python -m benchmarks memory                 # writes benchmarks/results/data-memory.json
 
 Two sources: numpy columns in memory, and a CSV file. Each is measured in a process of its own, as
 the growth of its peak resident memory from before the load to after the leave-one-out split, over
@@ -9,44 +9,36 @@ the 24 bytes an event takes as three int64 columns. Needs the extra `data`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.machine import ROOT
+
 USERS, ITEMS = 70_000, 18_000
 
 
-def main() -> None:
+def run(events: int, out: Path) -> None:
     """Measure both sources and write the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--events", type=int, default=10_000_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/data-memory.json")
-    parser.add_argument("--measure", choices=("columns", "csv"), help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure, options.source)))
-        return
-    result = {"events": options.events, "raw_bytes": 24 * options.events, "sources": {}}
+    result: dict[str, Any] = {"events": events, "raw_bytes": 24 * events, "sources": {}}
     with tempfile.TemporaryDirectory() as folder:
         columns = Path(folder) / "log.npz"
-        write_log(columns, options.events)
+        write_log(columns, events)
         for kind in ("columns", "csv"):
             source = columns if kind == "columns" else columns.with_suffix(".csv")
-            command = [sys.executable, __file__, "--measure", kind, "--source", str(source)]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+            command = [sys.executable, "-m", "benchmarks.data_memory", kind, str(source)]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
             facts = json.loads(answer.stdout)
             facts["peak_over_raw"] = round(facts["peak_bytes"] / result["raw_bytes"], 2)
             result["sources"][kind] = facts
             print(kind, facts)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def write_log(path: Path, events: int) -> None:
@@ -91,4 +83,4 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))

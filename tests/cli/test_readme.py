@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks import quality_tables, readme
+from benchmarks.__main__ import main
 from recgrela_ext.cli.parser import build_parser
 from recgrela_ext.data.synthetic import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    path = ROOT / "benchmarks" / "readme_tables.py"
-    spec = importlib.util.spec_from_file_location("readme_tables", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_eight_lines(
@@ -60,12 +49,12 @@ def test_linked_files_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_results_are_up_to_date(tables: ModuleType) -> None:
-    assert tables.main(["--check"]) == 0
+def test_results_are_up_to_date() -> None:
+    assert main(["readme", "--check"]) == 0
 
 
-def test_tables(tables: ModuleType, tmp_path: Path) -> None:
-    metrics = dict.fromkeys(tables.COLUMNS, 0.25)
+def test_tables(tmp_path: Path) -> None:
+    metrics = dict.fromkeys(quality_tables.COLUMNS, 0.25)
     result: dict[str, Any] = {
         "model": "RecGRELA", "variant": "causal", "data": "tiny", "order": "file", "split": "test",
         "target_sha256": "ab" * 32, "seeds": [0, 1], "per_seed": [], "mean": metrics, "seconds": 1,
@@ -74,13 +63,14 @@ def test_tables(tables: ModuleType, tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "tiny.json").write_text(json.dumps(result))
     (tmp_path / "speed.json").write_text(json.dumps({"kernel": "rela"}))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
-    assert tables.main([*arguments, "--check"]) == 1
-    assert tables.main(arguments) == 0
-    assert tables.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    page = tmp_path / "README.md"
+    marked = "".join("{}\nold\n{}\n".format(*readme.markers(name)) for name in readme.SECTIONS)
+    page.write_text(f"before\n{marked}after\n")
+    arguments = ["readme", "--results", str(tmp_path), "--readme", str(page)]
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
@@ -88,6 +78,7 @@ def test_tables(tables: ModuleType, tmp_path: Path) -> None:
     assert "| [RecGRELA, causal](benchmarks/results/tiny.json) | 2 | 0.2500 | 0.2500 |" in text
     assert "| Markov |  |  | 0.1250 |" in text
     assert "2 threads of abacus, torch 2.13" in text
-    readme.write_text("no markers")
+    assert text.count("Not measured yet.") == 2
+    page.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold the lines"):
-        tables.main(arguments)
+        main(arguments)

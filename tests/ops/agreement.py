@@ -16,10 +16,14 @@ STATES = ("final kv", "final k_sum", "final conv", "kv", "k_sum", "conv")
 
 
 def assert_agrees(problem: Problem, operator: Callable[..., Any], backward: bool = True) -> None:
-    """Outputs, states and every gradient of ``operator``, called as gated_rela is."""
-    found = outputs(problem.run(operator))
-    plain = outputs(problem.run(reference.gated_rela))
-    wanted = exact(problem, random_gradients(found) if backward else None)
+    """Outputs, states and every gradient of ``operator``, called as gated_rela is.
+
+    The operator runs where the problem is, the reference and the exact sums on the CPU.
+    """
+    host = problem.on("cpu")
+    found = _on_cpu(outputs(problem.run(operator)))
+    plain = outputs(host.run(reference.gated_rela))
+    wanted = exact(host, random_gradients(found) if backward else None)
     assert found.keys() == wanted.outputs.keys()
     for name, x in found.items():
         if name == "final position":
@@ -28,9 +32,13 @@ def assert_agrees(problem: Problem, operator: Callable[..., Any], backward: bool
             _compare(name, x, plain[name], wanted.outputs[name])
     if not backward:
         return
-    found, plain = gradients(problem, operator), gradients(problem, reference.gated_rela)
+    found, plain = _on_cpu(gradients(problem, operator)), gradients(host, reference.gated_rela)
     for name, x in found.items():
         _compare(name, x, plain[name], wanted.gradients[name], wanted.terms.get(name), True)
+
+
+def _on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in found.items()}
 
 
 def _compare(

@@ -64,6 +64,15 @@ class Problem:
         wide = accumulate_dtype(dtype)
         return self.map_floats(lambda x: x.to(dtype), lambda x: x.to(wide))
 
+    def on(self, device: torch.device | str) -> Problem:
+        """Every tensor on ``device``."""
+        moved = self.map_floats(lambda x: x.to(device), lambda x: x.to(device))
+        if moved.initial_state is not None:
+            *sums, position = moved.initial_state
+            moved = moved.but(initial_state=(*sums, position.to(device)))
+        places = {n: getattr(self, n) for n in ("inv_freq", "lengths", "cu_seqlens")}
+        return moved.but(**{n: None if x is None else x.to(device) for n, x in places.items()})
+
     def leaves(self) -> dict[str, Tensor]:
         """Every differentiable tensor that is there, by name."""
         named = {n: getattr(self, n) for n in (*ROWS, *PARAMETERS)}
@@ -146,7 +155,7 @@ def random_gradients(found: dict[str, Tensor], seed: int = 1) -> dict[str, Tenso
 
     def like(x: Tensor) -> Tensor:
         random = torch.randn(x.shape, generator=generator)
-        return random.mul(16).round().div(16).to(x.dtype)
+        return random.mul(16).round().div(16).to(x.device, x.dtype)
 
     return {n: like(x) for n, x in found.items() if x.is_floating_point()}
 

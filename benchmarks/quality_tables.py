@@ -1,48 +1,22 @@
-"""Write the results section of README.md from benchmarks/results/*.json.
-
-    python benchmarks/readme_tables.py            # rewrite the section
-    python benchmarks/readme_tables.py --check    # exit 1 when it is out of date
+"""README's tables of recommendation quality, from the results of `recgrela evaluate`.
 
 A file counts when it holds a result of `recgrela evaluate` or `train` (see
-recgrela_ext/evaluation/result.py); other files there are left alone. Needs Python alone.
+recgrela_ext/evaluation/result.py); other files are left alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: benchmarks/readme_tables.py -->", "<!-- end of results -->"
 SCHEMA = {"model", "variant", "data", "order", "split", "target_sha256", "seeds", "mean", "machine"}
 VIEWS, METRICS = ("seen_included", "seen_excluded"), ("hit@10", "ndcg@10", "mrr@10")
 COLUMNS = [f"{view}/{metric}" for view in VIEWS for metric in METRICS]
 NONE_YET = (
     "No results are committed yet. The commands below make them; this section is then written by\n"
-    "`python benchmarks/readme_tables.py`."
+    "`python -m benchmarks readme`."
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite or check; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    options = parser.parse_args(argv)
-    old = options.readme.read_text(encoding="utf-8")
-    new = replace_section(old, section(load_results(options.results)))
-    if new == old:
-        return 0
-    if options.check:
-        print(f"{options.readme} is out of date: run python benchmarks/readme_tables.py")
-        return 1
-    options.readme.write_text(new, encoding="utf-8")
-    return 0
 
 
 def load_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -62,15 +36,6 @@ def section(results: list[tuple[str, dict[str, Any]]]) -> str:
         key = tuple(str(result[field]) for field in ("data", "order", "split", "target_sha256"))
         groups.setdefault(key, []).append((name, result))
     return "\n\n".join(_group(*key, group) for key, group in groups.items()) or NONE_YET
-
-
-def replace_section(readme: str, text: str) -> str:
-    """The README with `text` between the markers; SystemExit when they are not there."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the README must hold the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
 
 
 def _group(
@@ -102,7 +67,3 @@ def _row(label: str, seeds: str, metrics: dict[str, float]) -> str:
 def _machine(machine: dict[str, Any]) -> str:
     device = machine.get("accelerator") or f"{machine['threads']} threads of {machine['processor']}"
     return f"{device}, torch {machine['torch']}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

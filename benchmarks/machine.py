@@ -1,0 +1,96 @@
+"""What a figure was measured on: processor or GPU, caches, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recgrela_ext import _library, build_info
+from recgrela_ext.evaluation.result import machine_info
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Facts for the head of a results file."""
+    device = torch.device(device)
+    info = machine_info(device)
+    info.pop("threads")
+    info |= {"caches": caches(), "build": build_info()}
+    if device.type == "cuda":
+        info |= cuda_facts(device)
+    return info
+
+
+def caches() -> dict[str, int]:
+    """Bytes of the first core's caches by name (L1d, L2, L3), as Linux tells them."""
+    found: dict[str, int] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (
+            (index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")
+        )
+        number = re.fullmatch(r"(\d+)([KM]?)", size)
+        if kind != "Instruction" and number:
+            unit = {"": 1, "K": 2**10, "M": 2**20}[number[2]]
+            found["L1d" if level == "1" else f"L{level}"] = int(number[1]) * unit
+    return found
+
+
+def cuda_facts(device: torch.device) -> dict[str, Any]:
+    """Memory, caches, driver, clocks and the TF32 switches of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    facts: dict[str, Any] = {
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2": properties.L2_cache_size,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={query}",
+        "--format=csv,noheader",
+        f"--id={device.index or 0}",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        facts |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        facts["driver_version"] = None
+    return facts
+
+
+def commit() -> str:
+    """The commit that was measured, with "-dirty" when files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def library_hash() -> str:
+    """Of the compiled operators, or of nothing where they are absent."""
+    if not _library.LIBRARY.exists():
+        return "none"
+    return hashlib.sha256(_library.LIBRARY.read_bytes()).hexdigest()[:16]
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def slug(name: str) -> str:
+    """A file name out of a processor's or GPU's name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip(
+        "-"
+    )

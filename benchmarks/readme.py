@@ -1,0 +1,55 @@
+"""Writes the measured parts of README.md, between their markers, from benchmarks/results/*.json."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import quality_tables, speed_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COMMAND = "python -m benchmarks readme"
+SECTIONS = ("results", "speed on a CPU", "speed on a GPU")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when out of date")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Rewrites or checks; returns the exit code."""
+    old = options.readme.read_text(encoding="utf-8")
+    new = old
+    for name in SECTIONS:
+        new = replace_section(new, name, text_of(name, options.results))
+    if new == old:
+        return 0
+    if options.check:
+        print(f"{options.readme} is out of date: run {COMMAND}")
+        return 1
+    options.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: {COMMAND} -->", f"<!-- end of {name} -->"
+
+
+def text_of(name: str, folder: Path) -> str:
+    if name == "results":
+        return quality_tables.section(quality_tables.load_results(folder))
+    device = "cpu" if name.endswith("CPU") else "cuda"
+    return speed_tables.section(speed_tables.load_results(folder, device), device)
+
+
+def replace_section(readme: str, name: str, text: str) -> str:
+    """The README with `text` between the markers; SystemExit when they are not there."""
+    begin, end = markers(name)
+    head, found, rest = readme.partition(begin)
+    _, last, tail = rest.partition(end)
+    if not found or not last:
+        raise SystemExit(f"the README must hold the lines {begin} and {end}")
+    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"

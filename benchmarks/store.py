@@ -1,0 +1,60 @@
+"""Results on disk: one JSON file a machine, written after every row, continued when asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.records import Record
+
+
+class Results:
+    """`content` is {schema, device, commit, library, date, quick, machine, bandwidth, rows: {name:
+    {commit, library, date, seconds, records: [...]}}}; a row is done when this build measured it.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any], fresh: bool) -> None:
+        self.path = path
+        self.key = {
+            "commit": machine.commit(),
+            "library": machine.library_hash(),
+            "torch": head["machine"]["torch"],
+            "quick": head["quick"],
+        }
+        old: dict[str, Any] = {}
+        if path is not None and path.exists() and not fresh:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        kept = {n: r for n, r in old.get("rows", {}).items() if r["key"] == self.key}
+        self.content = {"schema": 1, **self.key, "date": machine.today(), **head, "rows": kept}
+
+    def has(self, row: str) -> bool:
+        return row in self.content["rows"]
+
+    def add(self, row: str, records: list[Record], seconds: float) -> None:
+        self.content["rows"][row] = {
+            "key": self.key,
+            "date": machine.today(),
+            "seconds": round(seconds, 1),
+            "records": [record.to_dict() for record in records],
+        }
+        self.save()
+
+    def add_wrong(self, row: str, reason: str) -> None:
+        """A row whose result is off: no figures; measured again next time."""
+        self.content["rows"].pop(row, None)
+        self.content.setdefault("wrong", {})[row] = reason
+        self.save()
+
+    def save(self) -> None:
+        """Atomically: a reader sees the old file or the whole new one."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        part.write_text(
+            json.dumps(self.content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        os.replace(part, self.path)

@@ -1,0 +1,124 @@
+"""Times of several ways to do one thing, taken in turn: whatever slows the machine slows them all.
+
+One thread is timed by the processor time of this process, which other work on the machine cannot
+lengthen; several threads, by the clock on the wall; a GPU, by its events, with a cold L2 cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds, seconds a sample, and seconds one candidate may take in all."""
+
+    rounds: int = 15
+    sample: float = 0.02
+    most: float = 8.0
+
+    def rounds_for(self, seconds: float) -> int:
+        """Rounds of a candidate whose sample takes `seconds`: at least three."""
+        return max(3, min(self.rounds, int(self.most / max(seconds, 1e-9))))
+
+
+FULL, QUICK = Effort(), Effort(rounds=3, sample=0.001, most=0.2)
+
+
+class Clock(Protocol):
+    """What takes one sample: the seconds of one call, as the mean of `calls` in a row."""
+
+    name: str
+
+    def sample(self, work: Work, calls: int) -> float: ...
+
+
+class CpuClock:
+    """For work of `threads` threads of this process."""
+
+    def __init__(self, threads: int) -> None:
+        self.name = "processor time" if threads == 1 else "wall time"
+        self._now = time.process_time if threads == 1 else time.perf_counter
+
+    def sample(self, work: Work, calls: int) -> float:
+        start = self._now()
+        for _ in range(calls):
+            work()
+        return (self._now() - start) / calls
+
+
+class CudaClock:
+    """For work on a GPU: every call between two events, after the L2 cache was overwritten."""
+
+    name = "GPU events, cold L2"
+
+    def __init__(self, device: torch.device, flush: bool = True) -> None:
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._device = device
+        self._flush = torch.empty(4 * max(size, 1), dtype=torch.uint8, device=device)
+        if not flush:
+            self._flush = self._flush[:0]
+            self.name = "GPU events, warm L2"
+
+    def sample(self, work: Work, calls: int) -> float:
+        pairs = []
+        for _ in range(calls):
+            self._flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize(self._device)
+        return float(np.median([a.elapsed_time(b) for a, b in pairs])) / 1e3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, the 10th and the 90th percentile of the samples."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+    calls: int
+
+    @classmethod
+    def of(cls, samples: list[float], calls: int) -> Timing:
+        p10, median, p90 = (float(x) for x in np.percentile(samples, (10, 50, 90)))
+        return cls(median, p10, p90, len(samples), calls)
+
+
+def interleave(candidates: Mapping[str, Work], clock: Clock, effort: Effort) -> dict[str, Timing]:
+    """Every candidate's time; they take turns, and the order of a round moves on by one."""
+    names = list(candidates)
+    calls, rounds = {}, {}
+    for name in names:
+        candidates[name]()  # allocations, tables, threads
+        once = max(clock.sample(candidates[name], 1), 1e-9)
+        calls[name] = max(1, math.ceil(effort.sample / once))
+        rounds[name] = effort.rounds_for(once * calls[name])
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(max(rounds.values(), default=0)):
+            for i in range(len(names)):
+                name = names[(i + turn) % len(names)]
+                if turn < rounds[name]:
+                    samples[name].append(clock.sample(candidates[name], calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(samples[name], calls[name]) for name in names}
