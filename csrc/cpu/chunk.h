@@ -6,7 +6,8 @@
 
 template <class A>
 struct Chunk {
-  int n;  // items
+  int n;          // items
+  int64_t ahead;  // from an item to the same one of the next chunk to come
   int64_t D, Dp, W;
   A *q, *k;            // [kChunk, Dp]: copies of rows that cannot be read in place
   A *phi_q, *phi_k;    // [kChunk, Dp], backward only
@@ -26,6 +27,7 @@ void lay_out(Chunk<A>& c, Scratch& scratch, const GatedRelaParams& p, bool backw
   c.D = p.D;
   c.Dp = padded<A>(p.D);
   c.W = p.W;
+  c.ahead = backward ? -kChunk : kChunk;
   const int64_t rows = kChunk * c.Dp;
   for (A** at : {&c.q, &c.k, &c.rot_q, &c.rot_k, &c.num}) *at = scratch.take<A>(rows);
   c.phi_q = backward ? scratch.take<A>(rows) : nullptr;
@@ -105,6 +107,9 @@ RECGRELA_NOINLINE void map_keys(Chunk<A>& c, const Source<A>& q, const Source<A>
   for (int t = 0; t < c.n; ++t) {
     const A *from_q = q.row(t), *from_k = k.row(t);
     const int64_t row = t * nv * L;
+    prefetch_row<false>(q.row(t + c.ahead), c.D);
+    prefetch_row<false>(k.row(t + c.ahead), c.D);
+    prefetch_row<false>(c.values.row(t + c.W - 1 + c.ahead), c.D);
     V dot = {};
     for (int64_t m = 0; m < nv; ++m) {
       V query = feature_map<A>(load_vector(from_q + m * L));

@@ -62,6 +62,9 @@ RECGRELA_NOINLINE void differentiate_rows(BackwardRows<A>& w, const Source<A>& g
   const int64_t nv = kN ? kN : c.Dp / L;
   for (int t = 0; t < c.n; ++t) {
     const A scale = c.scale[t];
+    prefetch_row<false>(dy.row(t + c.ahead), c.D);
+    if (kGate) prefetch_row<false>(gate.row(t + c.ahead), c.D);
+    if (kGate) prefetch_row<true>(dgate.row(t + c.ahead), c.D);
     Vec<A> dot = {};
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
@@ -106,6 +109,7 @@ RECGRELA_NOINLINE void finish_queries(BackwardRows<A>& w, const Sink<A>& dq) {
   const int64_t nv = kN ? kN : c.Dp / L;
   for (int t = 0; t < c.n; ++t) {
     const A dden = w.dden[t];
+    prefetch_row<true>(dq.row(t + c.ahead), c.D);
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
       const Vec<A> z = load_vector(w.z + m * L) + load_vector(c.phi_k + at);
@@ -129,6 +133,7 @@ RECGRELA_NOINLINE void finish_keys(BackwardRows<A>& w, const Sink<A>& dk) {
   const A* const y_base = w.later.k_sum_base;
   for (int t = c.n - 1; t >= 0; --t) {
     const A dden = w.dden[t];
+    prefetch_row<true>(dk.row(t + c.ahead), c.D);
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
       const Vec<A> y = load_vector(y_sum + m * L) + load_vector(c.phi_q + at) * dden;
@@ -284,8 +289,8 @@ void backward_chunk(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const 
   };
   load_saved(w, f, first_chunk(f, b) + t0 / kChunk, h);
   fill_rotation(c.rotation, n);
-  map_keys<A, kN, kTail, true>(c, read(c.q, f.q), read(c.k, f.k), position + 1, f.eps);
   read_values(c, f, span, b, h, t0);
+  map_keys<A, kN, kTail, true>(c, read(c.q, f.q), read(c.k, f.k), position + 1, f.eps);
   scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
 
   const Source<A> dy = read(w.dy, p.grad_out);

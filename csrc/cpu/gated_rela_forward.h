@@ -7,6 +7,8 @@ RECGRELA_NOINLINE void finish_chunk(const Chunk<A>& c, const Source<A>& gate, co
   const int64_t nv = kN ? kN : c.Dp / L;
   for (int t = 0; t < c.n; ++t) {
     const A scale = c.scale[t];
+    if (kGate) prefetch_row<false>(gate.row(t + c.ahead), c.D);
+    prefetch_row<true>(out.row(t + c.ahead), c.D);
     for (int64_t m = 0; m < nv; ++m) {
       Vec<A> y = load_vector(c.num + (t * nv + m) * L) * scale;
       if (kConv) y += silu<A>(convolved<A, kN, kW>(c, nv, t, m));
@@ -56,8 +58,8 @@ void forward_chunk(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span
   const Source<A> q = read_rows(c.q, Dp, p.q, p.dtype, span, t0, n, h, D);
   const Source<A> k = read_rows(c.k, Dp, p.k, p.dtype, span, t0, n, h, D);
   fill_rotation(c.rotation, n);
-  map_keys<A, kN, kTail, false>(c, q, k, position + 1, p.eps);
   read_values(c, p, span, b, h, t0);
+  map_keys<A, kN, kTail, false>(c, q, k, position + 1, p.eps);
   scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
   if (c.state.has_base) add_base(rows_of(c.rot_q, c), c.state.kv_base, c.num, n, D, Dp);
   moved_on(c.state, n, Dp);

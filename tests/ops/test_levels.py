@@ -109,11 +109,30 @@ def functions(level: str, name: str) -> dict[str, str]:
 @pytest.mark.parametrize("number", ["float", "double"])
 def test_the_scan_uses_wide_multiply_adds(level: str, register: str, number: str) -> None:
     """A loop the compiler silently left scalar is several times slower and still right."""
-    scans = {h: b for h, b in functions(level, "scan").items() if f"<{number}" in h}
-    assert scans
-    for head, body in scans.items():
-        wide = len(re.findall(rf"vfn?madd\w+p[sd]\s.*%{register}", body))
-        assert wide >= 2, f"{head} has {wide} multiply-adds on {register}"
+    for name in ("scan_columns", "base_columns"):
+        loops = {h: b for h, b in functions(level, name).items() if f"<{number}" in h}
+        assert loops
+        for head, body in loops.items():
+            wide = len(re.findall(rf"vfn?madd\w+p[sd]\s.*%{register}", body))
+            assert wide >= 2, f"{head} has {wide} multiply-adds on {register}"
+
+
+# What maps a whole chunk: phi, SiLU, rotation and their derivatives.
+CHUNK_LOOPS = ("map_keys", "finish_chunk", "differentiate_rows", "finish_queries", "finish_keys")
+
+
+@pytest.mark.parametrize(("level", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
+@pytest.mark.parametrize("name", CHUNK_LOOPS)
+def test_the_chunk_loops_are_vectors_throughout(level: str, register: str, name: str) -> None:
+    """Multiplications are wide, but for one scale per item, and no exp is a call."""
+    loops = {h: b for h, b in functions(level, name).items() if "<float, 2" in h}
+    assert loops
+    for head, body in loops.items():
+        wide = len(re.findall(rf"v(?:fn?m(?:add|sub)\w+|mul)ps\s.*%{register}", body))
+        narrow = len(re.findall(r"v(?:fn?m(?:add|sub)\w+|mul)ss\s", body))
+        assert wide >= 2, f"{head} has {wide} multiplications on {register}"
+        assert narrow <= 4, f"{head} has {narrow} scalar multiplications"
+        assert "call" not in body, f"{head} calls a function"
 
 
 @pytest.mark.parametrize("wide", ["zmm", "ymm"])
