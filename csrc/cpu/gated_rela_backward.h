@@ -239,12 +239,19 @@ void store_grad_initial(BackwardRows<A>& w, const GatedRelaBackwardParams& p, co
   }
 }
 
-// S and z at the chunk's start, as the forward saved them.
+// S and z at the chunk's start, as the forward saved them. Columns behind D are made 0 again: a user's
+// NaN times their 0 has left NaN there, which must not reach the next user.
 template <class A>
 void load_saved(BackwardRows<A>& w, const GatedRelaParams& p, int64_t slot, int64_t h) {
   const int64_t D = p.D, Dp = w.chunk.Dp;
   const A* kv = static_cast<const A*>(p.saved_kv) + (slot * p.H + h) * D * D;
   const A* k_sum = static_cast<const A*>(p.saved_k_sum) + (slot * p.H + h) * D;
+  if (D < Dp) {
+    clear(w.chunk.state.kv, Dp * Dp);
+    clear(w.start_t, Dp * Dp);
+    clear(w.chunk.state.k_sum, Dp);
+    clear(w.z, Dp);
+  }
   spread_rows(kv, w.chunk.state.kv, D, Dp);
   transpose(kv, D, w.start_t, D, Dp);
   __builtin_memcpy(w.chunk.state.k_sum, k_sum, std::size_t(D) * sizeof(A));
