@@ -202,9 +202,7 @@ def _import(name: str) -> Any:
 
 CPU_PEERS = {
     "published": Peer("published", published, "bidirectional"),
-    "published, compiled": Peer(
-        "published, compiled", compiled(lambda p: published(p, real=True)), "bidirectional"
-    ),
+    "published, compiled": Peer("published, compiled", compiled(published), "bidirectional"),
     "causal": Peer("causal eager", causal, "causal"),
     "reference": Peer("reference", reference, "causal"),
     "sdpa": Peer("SDPA", sdpa, None),
