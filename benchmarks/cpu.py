@@ -166,7 +166,7 @@ def bandwidth(context: Context) -> list[Record]:
     for count in sorted({1, context.threads}):
         setting = context.setting(count)
         torch.set_num_threads(count)
-        total = traffic(shape, torch.float32, False)
+        total = traffic(shape, torch.float32, "forward")
         probe = CpuProbe(count, total)
         copy, copied = copy_work(total)
         works = {"ours": own_work(problem, False), "copy": copy, "triad": probe.triad}
@@ -180,8 +180,9 @@ def bandwidth(context: Context) -> list[Record]:
         }
         record.bandwidth = max(speed.values())
         record.values |= {f"{name}, GB/s": value / 1e9 for name, value in speed.items()}
-        text = f"forward beyond the caches, {count} thread(s): share of the memory bandwidth"
-        record.targets.append(Target(text, 0.5, record.share))
+        if count == context.threads:
+            text = f"forward beyond the caches, {count} threads: share of the memory bandwidth"
+            record.targets.append(Target(text, 0.5, record.share))
         records.append(record)
     return records
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.timing import Clock, CpuClock, Effort, Timing, interleave
+from benchmarks.timing import Clock, CpuClock, Effort, interleave
 
 FMA_ROUNDS = 200_000
 FMA_OPERATIONS = FMA_ROUNDS * 12 * 8 * 2
@@ -107,7 +107,10 @@ def cpu_bandwidth(threads: int, effort: Effort, nbytes: int) -> dict[str, float]
     return {"threads": threads, **found, "best": max(found.values())}
 
 
-def cuda_bandwidth(device: torch.device, clock: Clock, effort: Effort, nbytes: int) -> Timing:
-    """Time of a copy that moves `nbytes` in all."""
-    copy, _ = copy_work(nbytes, device)
-    return interleave({"copy": copy}, clock, effort)["copy"]
+def device_bandwidth(
+    device: torch.device, clock: Clock, effort: Effort, nbytes: int
+) -> dict[str, float]:
+    """Bytes a second of torch's copy on `device`, read and written, `nbytes` in all."""
+    copy, copied = copy_work(nbytes, device)
+    speed = copied / interleave({"copy": copy}, clock, effort)["copy"].median
+    return {"copy": speed, "best": speed}
