@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def _names(names: list[str], options: argparse.Namespace) -> list[str]:
 
 def _measure(
     names: list[str],
-    rows: dict[str, Callable[[], list[Record]]],
+    rows: Mapping[str, Callable[[], list[Record]]],
     head: dict[str, Any],
     stem: str,
     options: argparse.Namespace,

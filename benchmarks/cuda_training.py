@@ -103,7 +103,8 @@ def step_makers(
         return optimiser_step(model, loss, fused=True)
 
     def published(compiled: bool = False) -> Work:
-        model = PlainRecGRELA(ml_1m(), length, bidirectional=True).to(device).train()
+        source = ml_1m().to(device)
+        model = PlainRecGRELA(source, length, bidirectional=True, real=compiled).train()
         run: Callable[..., Tensor] = model.last_loss
         if compiled:
             run = torch.compile(run, dynamic=False)

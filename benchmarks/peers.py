@@ -147,8 +147,8 @@ def sdpa(problem: Problem) -> Operator:
     """softmax(q k^T) v; no feature map and no rotation, which softmax models do without."""
 
     def operator(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        rows = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
+        q, k, u = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, u, is_causal=True).transpose(1, 2)
         return (out + augment(v, w, b)) * F.silu(gate)
 
     return operator

@@ -91,6 +91,24 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_kernels
+def test_a_row_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(context: cpu.Context) -> list[Record]:
+        raise torch.OutOfMemoryError("no room")
+
+    def whole(context: cpu.Context) -> list[Record]:
+        return [Record("whole", "nothing", "rela", {}, times={"ours": Timing(1, 1, 1, 1, 1)})]
+
+    monkeypatch.setattr(cpu, "ROWS_BY_NAME", {"broken": broken, "whole": whole})
+    out = tmp_path / "quick.json"
+    assert quick(out) == 1
+    assert list(rows(out)) == ["whole"]
+    left_out = json.loads(out.read_text())["left_out"]
+    assert left_out == {"broken": "left out: more memory than this GPU has"}
+
+
+@needs_kernels
 @pytest.mark.parametrize("scale", [1 + 1e-4, float("nan")])
 def test_a_wrong_result_has_no_time(
     scale: float,
@@ -103,7 +121,9 @@ def test_a_wrong_result_has_no_time(
     monkeypatch.setattr(ops, "gated_rela", lambda *a, **o: right(*a, **o) * scale)  # type: ignore
     assert quick(out, "--only", "operator-d16-l200", "--only", "length") == 1
     assert rows(out) == {}
-    assert json.loads(out.read_text())["wrong"].keys() == {"operator-d16-l200", "length"}
+    left_out = json.loads(out.read_text())["left_out"]
+    assert left_out.keys() == {"operator-d16-l200", "length"}
+    assert all(reason.startswith("WRONG RESULT") for reason in left_out.values())
     assert "x ours" not in capsys.readouterr().out
 
 
