@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from recgrela_ext import _library, build_info
 from recgrela_ext.evaluation.result import machine_info
 
+# variables that change what is measured
+_TELLING = ("OMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "RECGRELA_", "TORCH", "CUDA_")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,6 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     info = machine_info(device)
     info.pop("threads")
     info |= {"caches": caches(), "build": build_info()}
+    info["environment"] = {n: v for n, v in os.environ.items() if n.startswith(_TELLING)}
     if device.type == "cuda":
         info |= cuda_facts(device)
     return info
