@@ -73,13 +73,23 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured, with "-dirty" when files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit that was measured; with "-dirty-" and a hash where files differ from it.
+
+    Results and the README do not count: measuring writes them.
+    """
+    everything = ["--", ".", ":!benchmarks/results", ":!README.md"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("diff", "HEAD", *everything)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return f"{head}-dirty-{digest}" if changes else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def library_hash() -> str:

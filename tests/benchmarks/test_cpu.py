@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu, peak, peers, readme, speed_tables
+from benchmarks import cpu, machine, peak, peers, readme, speed_tables
 from benchmarks.__main__ import main
 from benchmarks.records import Record, Target, describe, duration
 from benchmarks.timing import CpuClock, Effort, Timing, interleave
@@ -221,3 +223,35 @@ def test_peers_agree_with_what_they_are_said_to_compute() -> None:
             peer = peers.CPU_PEERS[name]
             check_peer(problem, peer.build(problem), peer.computes)
         check_peer(problem, peers.published(problem, real=True), "bidirectional")
+
+
+def test_commit_names_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results do not make a tree dirty; two states of changed code are told apart."""
+    if shutil.which("git") is None:
+        pytest.skip("git was not found")
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    results = tmp_path / "benchmarks" / "results" / "cpu.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("1")
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    clean = machine.commit()
+    assert len(clean) == 12
+    results.write_text("2")
+    assert machine.commit() == clean
+    found = set()
+    for text in ("2", "3"):
+        code.write_text(text)
+        found.add(machine.commit())
+    assert len(found) == 2
+    assert all(name.startswith(f"{clean}-dirty-") for name in found)
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "absent")
+    assert machine.commit() == "unknown"
