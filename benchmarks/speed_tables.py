@@ -52,8 +52,7 @@ def _machine(name: str, content: dict[str, Any]) -> str:
     targets = [t for r in records for t in r["targets"]]
     if targets:
         parts.append(_targets(targets))
-    if content.get("wrong"):
-        parts.append("Left out, because the result was wrong: " + ", ".join(content["wrong"]) + ".")
+    parts += [f"No figures for {row}: {why}" for row, why in content.get("left_out", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -117,7 +116,7 @@ def _peer(record: dict[str, Any], name: str) -> str:
 
 
 def _memory(records: list[dict[str, Any]]) -> str:
-    lines = []
+    lines: list[str] = []
     for record in records:
         used = record["memory"]
         names = {n: record["labels"].get(n, n) for n in used}
