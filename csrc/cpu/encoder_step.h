@@ -11,8 +11,7 @@ RECGRELA_INLINE Vec<float> error_function(Vec<float> x) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const Vec<float> y =
-      1.0f - p * t * exp_inside(larger(splat(kLowest<float>), -a * a));
+  const Vec<float> y = 1.0f - p * t * exp_inside(larger(splat(kLowest<float>), -a * a));
   return x < 0.0f ? -y : y;
 }
 RECGRELA_INLINE Vec<double> error_function(Vec<double> x) {

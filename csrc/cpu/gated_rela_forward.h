@@ -190,8 +190,7 @@ void forward_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
         forward_one<A, vectors.value, tail.value>(w, p, i / p.H, i % p.H);
       } else {
         const int64_t pair = i / p.segments;
-        forward_segment<A, vectors.value, tail.value>(w, p, pair / p.H, pair % p.H,
-                                                      i % p.segments);
+        forward_segment<A, vectors.value, tail.value>(w, p, pair / p.H, pair % p.H, i % p.segments);
       }
     }
   });

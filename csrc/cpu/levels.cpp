@@ -107,8 +107,8 @@ void join_all(const GatedRelaParams& p) {
   for (int64_t pair = 0; pair < p.B * p.H; ++pair) {
     A* sums = static_cast<A*>(p.segment_sums) + pair * p.segments * size;
     const int64_t b = pair / p.H, h = pair % p.H;
-    const int64_t items = p.cu_seqlens ? p.cu_seqlens[b + 1] - p.cu_seqlens[b]
-                                       : (p.lengths ? p.lengths[b] : p.L);
+    const int64_t items =
+        p.cu_seqlens ? p.cu_seqlens[b + 1] - p.cu_seqlens[b] : (p.lengths ? p.lengths[b] : p.L);
     for (int64_t i = 0; i < size; ++i) sums[i] = A(0);
     if (p.initial.kv) {
       const A* kv = static_cast<const A*>(p.initial.kv) + b * p.initial.kv_stride;

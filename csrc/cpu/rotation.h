@@ -11,9 +11,9 @@ constexpr int64_t kAnew = sizeof(A) == sizeof(double) ? 1 : kSegment / kChunk;
 
 template <class A>
 struct Rotation {
-  double *cos0, *sin0;   // [D/2]: the chunk's first item
-  A *cosines, *sines;    // [kChunk, Dp]
-  const double* steps;   // [kChunk + 1, 2, D/2]: cos and sin of j steps
+  double *cos0, *sin0;  // [D/2]: the chunk's first item
+  A *cosines, *sines;   // [kChunk, Dp]
+  const double* steps;  // [kChunk + 1, 2, D/2]: cos and sin of j steps
   const double* inv_freq;
   int64_t D, Dp, pairs;
 };

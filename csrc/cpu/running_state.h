@@ -1,8 +1,8 @@
 // The running sums of linear attention, S [D, D] and z [D]. Included by every level file.
 //
 // A float32 sum that has grown large rounds every further item away: after 4,000 items the error is
-// 50 units in the last place. So the last items have a sum of their own, which starts at zero and is
-// added to the rest as a whole. A short history does without: reading two sums costs more.
+// 50 units in the last place. So the last items have a sum of their own, which starts at zero and
+// is added to the rest as a whole. A short history does without: reading two sums costs more.
 //
 // A history of more than kSegment items is summed segment by segment, each from zero, so that other
 // threads may have made the sums of earlier segments: with the same bits, in one pass or in two.
@@ -11,9 +11,9 @@ constexpr int kFirstItems = 256, kRecentItems = 128;  // multiples of kChunk
 
 template <class A>
 struct RunningState {
-  A *kv, *k_sum;            // [Dp, Dp], [Dp]: of the recent items
-  A *kv_base, *k_sum_base;  // of those before
-  A *kv_own, *k_sum_own;    // the base without what came before this segment
+  A *kv, *k_sum;                // [Dp, Dp], [Dp]: of the recent items
+  A *kv_base, *k_sum_base;      // of those before
+  A *kv_own, *k_sum_own;        // the base without what came before this segment
   A *kv_before, *k_sum_before;  // of the segments before
   bool has_base, has_segments;
   int recent;

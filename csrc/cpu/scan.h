@@ -2,8 +2,8 @@
 // every level file. For every item in turn:
 //   state += a_t b_t^T   and, with kOut,   out_t = state^T c_t
 // state [rows, Dp]; a, c [n, rows]; b, out [n, Dp]. A few items pass over the state together, one
-// block of its columns at a time, so that a row is loaded and stored once for all of them; the sums'
-// order is that of one item after the other.
+// block of its columns at a time, so that a row is loaded and stored once for all of them; the
+// sums' order is that of one item after the other.
 
 // Items and vectors of columns that share a pass: what the registers hold.
 constexpr bool kManyRegisters = RECGRELA_VECTOR_BYTES == 64;
@@ -55,7 +55,7 @@ RECGRELA_NOINLINE void scan_columns(const Source<A>& a, const Source<A>& b, cons
   }
   for (; done < count; ++done) {
     scan_pass<A, kColumns, 1, kReverse, kOut>(a, b, c, state, Dp, out,
-                                        kReverse ? first - done : first + done, column, rows);
+                                              kReverse ? first - done : first + done, column, rows);
   }
 }
 
@@ -74,7 +74,8 @@ void scan(Source<A> a, Source<A> b, Source<A> c, A* state, A* out, int64_t n, in
     for (; column + kWide <= Dp; column += kWide) {
       scan_columns<A, 2, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
     }
-    if (column < Dp) scan_columns<A, 1, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
+    if (column < Dp)
+      scan_columns<A, 1, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
   }
 }
 
