@@ -253,7 +253,9 @@ def test_padding_may_hold_anything(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("where", [*ROWS, "kv", "k_sum", "conv"])
 @pytest.mark.parametrize("packed", [None, [70, 9, 70]], ids=["padded", "packed"])
 @pytest.mark.parametrize("D", [6, 16])  # no whole vector at any level; whole vectors
-def test_nan_stays_with_its_user(where: str, value: float, packed: list[int] | None, D: int) -> None:
+def test_nan_stays_with_its_user(
+    where: str, value: float, packed: list[int] | None, D: int
+) -> None:
     options: dict[str, Any] = {"state": True, "return_final_state": True, "dtype": torch.float32}
     problem = make_problem(3, 70, D=D, packed=packed, **options)
     sick = problem.map_floats(torch.clone, torch.clone)
