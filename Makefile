@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 
 # All a GPU is needed for, in one command, with the torch of $(PYTHON) and without a network:
 #   make gpu PYTHON=python3          (needs nvcc, setuptools, pybind11, ninja, pytest, hypothesis)
-# The library is built for the GPU at hand, in place.
+# The library is built for the GPU at hand, in place. `make -k gpu` goes on after a part that failed.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 
 gpu-ready:

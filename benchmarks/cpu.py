@@ -260,7 +260,7 @@ def serving(context: Context) -> list[Record]:
 
 def peak_memory(context: Context) -> list[Record]:
     shape = context.shape(128, 2048, 16)
-    record = Record("memory", "peak extra memory, " + BOTH, "gated_rela", shape.named(),
+    record = Record("memory", BOTH, "gated_rela", shape.named(),
                     threads=context.threads,
                     labels={n: CPU_PEERS[n].label for n in peak.PEERS if n != "ours"})  # fmt: skip
     for name in peak.PEERS:

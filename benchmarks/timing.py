@@ -34,7 +34,7 @@ class Effort:
 
 
 FULL, QUICK = Effort(), Effort(rounds=3, sample=0.001, most=0.2)
-GPU = Effort(rounds=15, sample=0.02, most=3.0)
+GPU = Effort(rounds=15, sample=0.002, most=2.0)  # a millisecond of waiting comes to every call
 
 
 class Clock(Protocol):

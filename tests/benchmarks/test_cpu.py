@@ -217,6 +217,7 @@ def test_peers_agree_with_what_they_are_said_to_compute() -> None:
     from benchmarks.checks import check_peer
     from benchmarks.operator_rows import Shape
 
+    torch.set_num_threads(1)
     for length in (1, 64, 65, 130):
         problem = Shape(2, length, 2, 8).problem(torch.float32)
         for name in ("published", "causal", "reference", "sdpa"):
