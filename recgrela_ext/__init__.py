@@ -21,7 +21,14 @@ if TYPE_CHECKING:
         GRELAEncoder,
         RotaryEnhancedLinearAttention,
     )
-    from .model import RecGRELA, RecGRELAConfig, Recommendations, SeenItems, UserState
+    from .model import (
+        RecGRELA,
+        RecGRELAConfig,
+        Recommendations,
+        SeenItems,
+        UserState,
+        UserStateStore,
+    )
     from .training import TrainConfig, fit
     from .version import __version__
 
@@ -43,6 +50,7 @@ _HOME = {
     "Targets": "data",
     "TrainConfig": "training",
     "UserState": "model",
+    "UserStateStore": "model",
     "__version__": "version",
     "build_info": "_library",
     "evaluate": "evaluation",
@@ -68,6 +76,7 @@ __all__ = [
     "Targets",
     "TrainConfig",
     "UserState",
+    "UserStateStore",
     "__version__",
     "build_info",
     "evaluate",

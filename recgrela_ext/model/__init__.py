@@ -7,5 +7,13 @@ from .recgrela import RecGRELA
 from .retrieval import Recommendations
 from .seen import SeenItems
 from .state import UserState
+from .store import UserStateStore
 
-__all__ = ["RecGRELA", "RecGRELAConfig", "Recommendations", "SeenItems", "UserState"]
+__all__ = [
+    "RecGRELA",
+    "RecGRELAConfig",
+    "Recommendations",
+    "SeenItems",
+    "UserState",
+    "UserStateStore",
+]

@@ -332,6 +332,25 @@ class RecGRELA(nn.Module):
         return streaming.prefill(self, batch, chunk_size, state)
 
     @torch.no_grad()
+    def prefill_packed(
+        self,
+        item_ids: Tensor,
+        cu_seqlens: Tensor,
+        chunk_size: int = 512,
+        state: UserState | None = None,
+    ) -> UserState:
+        """`prefill` of histories laid end to end: no work is done on padding.
+
+        Args:
+            item_ids, cu_seqlens: as `encode_packed`.
+            chunk_size, state: as `prefill`.
+
+        Raises:
+            ValueError, TypeError: as `encode_packed`; a state of another batch size or model.
+        """
+        return streaming.prefill_packed(self, item_ids, cu_seqlens, chunk_size, state)
+
+    @torch.no_grad()
     def step(self, items: Tensor, state: UserState) -> Tensor:
         """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
 
