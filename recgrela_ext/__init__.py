@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RotaryEnhancedLinearAttention,
     )
     from .model import (
+        ItemTable,
         RecGRELA,
         RecGRELAConfig,
         Recommendations,
@@ -40,6 +41,7 @@ _HOME = {
     "GRELAEncoder": "layers",
     "IdMap": "data",
     "Interactions": "data",
+    "ItemTable": "model",
     "RecGRELA": "model",
     "RecGRELAConfig": "model",
     "Recommendations": "model",
@@ -66,6 +68,7 @@ __all__ = [
     "GRELAEncoder",
     "IdMap",
     "Interactions",
+    "ItemTable",
     "RecGRELA",
     "RecGRELAConfig",
     "Recommendations",

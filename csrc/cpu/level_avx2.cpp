@@ -9,6 +9,7 @@
 #endif
 #define RECGRELA_LEVEL avx2
 #define RECGRELA_LEVEL_NAME "avx2"
+#define RECGRELA_REGISTER_BYTES 32
 #define RECGRELA_KERNELS kAvx2Kernels
 #include "level.h"
 #if defined(__clang__)

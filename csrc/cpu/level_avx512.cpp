@@ -10,6 +10,7 @@
 #endif
 #define RECGRELA_LEVEL avx512
 #define RECGRELA_LEVEL_NAME "avx512"
+#define RECGRELA_REGISTER_BYTES 64
 #define RECGRELA_KERNELS kAvx512Kernels
 #include "level.h"
 #if defined(__clang__)
