@@ -338,8 +338,7 @@ class RecGRELA(nn.Module):
         Raises:
             ValueError, TypeError: as `encode`; a state of another batch size or model.
         """
-        batch = self._read("prefill", item_seq, item_seq_len, padding_side)
-        return streaming.prefill(self, batch, chunk_size, state)
+        return streaming.prefill(self, item_seq, item_seq_len, chunk_size, state, padding_side)
 
     @torch.no_grad()
     def prefill_packed(

@@ -74,18 +74,23 @@ def _check_chunk_size(caller: str, chunk_size: int) -> None:
 
 
 def prefill(
-    model: RecGRELA, batch: inputs.Batch, chunk_size: int, state: UserState | None
+    model: RecGRELA,
+    item_seq: Tensor,
+    item_seq_len: Tensor | None,
+    chunk_size: int,
+    state: UserState | None,
+    padding_side: str,
 ) -> UserState:
-    _check_chunk_size("RecGRELA.prefill", chunk_size)
-    B, L = batch.items.shape
+    caller = "RecGRELA.prefill"
+    _check_chunk_size(caller, chunk_size)
+    batch = inputs.LongBatch(caller, model.config, item_seq, item_seq_len, padding_side, chunk_size)
     if state is None:
-        state = init_state(model, B)
-    check_state(model, "RecGRELA.prefill", state, B)
+        state = init_state(model, batch.users)
+    check_state(model, caller, state, batch.users)
     with evaluating(model):
-        for start in range(0, L, chunk_size):
-            items = batch.items[:, start : start + chunk_size]
-            lengths = (batch.lengths - start).clamp(0, items.shape[1])
-            _prefill_chunk(model, items, lengths, state)
+        for start in range(0, batch.width, chunk_size):
+            part = batch.chunk(start)
+            _prefill_chunk(model, part.items, part.lengths, state)
     return state
 
 

@@ -212,3 +212,24 @@ def test_nan_of_one_user_stays_with_that_user(make_model: MakeModel) -> None:
     assert torch.equal(
         lists.items[0], model.recommend(item_seq[:1], candidates=torch.arange(20, 30)).items[0]
     )
+
+
+@torch.no_grad()
+def test_long_prefill_checks_everything_before_it_changes_a_state(make_model: MakeModel) -> None:
+    model = make_model()
+    state = model.prefill(padded(histories()))
+    before = state.clone()
+    wrong = torch.randint(1, 49, (5, 40))
+    for place, text in (((3, 35), "padding on one side"), ((4, 39), "must lie in 0..49")):
+        bad = wrong.clone()
+        bad[place] = 0 if "padding" in text else 50
+        lengths = torch.full((5,), 40)
+        with pytest.raises(ValueError, match=text):
+            model.prefill(bad, lengths, chunk_size=8, state=state)
+        assert torch.equal(state.buffer, before.buffer)
+    gap = torch.tensor([[1, 0, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="padding on one side"):
+        model.prefill(gap, chunk_size=2)
+    with pytest.raises(ValueError, match=r"item_seq_len must lie in 0\.\.6, got 7"):
+        model.prefill(gap, torch.tensor([7]), chunk_size=2)
+    assert model.prefill(gap[:, :0]).position.tolist() == [0]
