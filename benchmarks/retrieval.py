@@ -5,7 +5,8 @@
 
 Random vectors of width 64, float32, two threads. Each method and size runs in a process of its own;
 seconds are the least of `--repeats` calls, megabytes the growth of the peak resident memory from
-before the first call, the vectors themselves being there already. A method's items are compared
+before the first call, the vectors themselves being there already (0 where making the table took
+more). A method's items are compared
 with those of `ops.topk_scores` before its speed counts. The share of the true ten that a bfloat16
 or int8 table still finds is given beside its bytes.
 """

@@ -1,10 +1,10 @@
 """A model as a file for other runtimes. Which of them need this package when they run:
 
     export_program   .pt2 of torch.export: needs torch and `import recgrela_ext.ops` (Python)
-    export_aoti      .pt2 compiled by AOTInductor: needs libtorch of the version that compiled it and
-                     librecgrela.so, loaded first; no Python
-    export_onnx      .onnx: needs an ONNX runtime alone; work and memory grow with the square of the
-                     length, because ONNX has no operator for the running sums
+    export_aoti      .pt2 compiled by AOTInductor: needs libtorch of the version that compiled it
+                     and librecgrela.so, loaded first; no Python
+    export_onnx      .onnx: needs an ONNX runtime alone; work and memory grow with the square of
+                     the length, because ONNX has no operator for the running sums
 
 All three take (item_seq [B, L], item_seq_len [B]) int64, right-padded, any B and L, and return
 hidden [B, hidden_size] float32, which is compared with the model's before the function returns.
@@ -170,4 +170,4 @@ def quadratic_gated_rela(
 
 
 def _defaults() -> dict[Any, Callable[..., Any]]:
-    return torch.export.default_decompositions()  # type: ignore[return-value]
+    return torch.export.default_decompositions()
