@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "Tensor? active, int num_layers, int mlp_width, int conv_width, bool gate, bool final_norm, "
       "float eps, float layer_norm_eps) -> Tensor");
 
+  m.def(
+      "topk_scores(Tensor hidden, Tensor table, Tensor? scale, int k, int padding_idx, "
+      "Tensor? seen, Tensor? candidates) -> (Tensor scores, Tensor items)");
+
   m.def("rela_forward" RELA_ARGS);
   m.def("rela" RELA_ARGS);
   m.def(

@@ -52,6 +52,13 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
                         int64_t conv_width, bool gate, bool final_norm, double eps,
                         double layer_norm_eps);
 
+// The k items with the largest inner product: hidden [B, C], table [N, C] (int8 with scale [N]
+// float32), seen [B, S] ascending, candidates [n] or [B, n] ascending. scores and items [B, k],
+// best first; places without an item hold (-inf, padding_idx).
+std::tuple<Tensor, Tensor> topk_scores_cpu(Tensor hidden, Tensor table, OptionalTensor scale,
+                                           int64_t k, int64_t padding_idx, OptionalTensor seen,
+                                           OptionalTensor candidates);
+
 // gated_rela without gate and rank augmentation; its states have no conv.
 using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,

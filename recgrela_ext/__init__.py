@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         GRELAEncoder,
         RotaryEnhancedLinearAttention,
     )
-    from .model import RecGRELA, RecGRELAConfig, Recommendations, SeenItems, UserState
+    from .model import (
+        ItemTable,
+        RecGRELA,
+        RecGRELAConfig,
+        Recommendations,
+        SeenItems,
+        UserState,
+        UserStateStore,
+    )
     from .training import TrainConfig, fit
     from .version import __version__
 
@@ -33,6 +41,7 @@ _HOME = {
     "GRELAEncoder": "layers",
     "IdMap": "data",
     "Interactions": "data",
+    "ItemTable": "model",
     "RecGRELA": "model",
     "RecGRELAConfig": "model",
     "Recommendations": "model",
@@ -43,6 +52,7 @@ _HOME = {
     "Targets": "data",
     "TrainConfig": "training",
     "UserState": "model",
+    "UserStateStore": "model",
     "__version__": "version",
     "build_info": "_library",
     "evaluate": "evaluation",
@@ -58,6 +68,7 @@ __all__ = [
     "GRELAEncoder",
     "IdMap",
     "Interactions",
+    "ItemTable",
     "RecGRELA",
     "RecGRELAConfig",
     "Recommendations",
@@ -68,6 +79,7 @@ __all__ = [
     "Targets",
     "TrainConfig",
     "UserState",
+    "UserStateStore",
     "__version__",
     "build_info",
     "evaluate",

@@ -88,6 +88,28 @@ struct EncoderStepParams {
   const bool* active;       // [B] or nullptr: all
 };
 
+// The k best inner products of each user. Work items: (group of kGroupUsers users, part of the
+// items), group * parts + part. Each fills its users' heaps of that part; topk_scores.cpp merges.
+struct TopKParams {
+  DType table_type;    // of the table unless scale is given; double for double hidden
+  const float* scale;  // [rows of table] for an int8 table, else nullptr
+  int64_t users, width, k, parts;
+  const void* hidden;  // [users, width] contiguous, float or double
+  const void* table;   // rows table_stride apart
+  int64_t table_stride;
+  int64_t num_items;          // rows of the table, or the length of a candidate list
+  const int64_t* candidates;  // nullptr: all rows; [num_items] ascending and distinct but for
+                              // padding, one list per user where candidates_stride > 0
+  int64_t candidates_stride;
+  const int64_t* seen;  // [users, num_seen] ascending, or nullptr
+  int64_t num_seen;
+  int64_t padding;  // a row that is no item, or -1
+  void* scores;     // heaps [parts, users, k], filled with (-inf, padding) before
+  int64_t* items;
+};
+
+constexpr int kGroupUsers = 512, kBlockItems = 240;
+
 constexpr int kUsersAtOnce = 4;  // users that share one pass over the weights in encoder_step
 
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
@@ -101,6 +123,7 @@ struct Kernels {
   void (*gated_rela_backward)(const GatedRelaBackwardParams&, int64_t begin, int64_t end);
   void (*gated_rela_step)(const GatedRelaStepParams&, int64_t begin, int64_t end);
   void (*encoder_step)(const EncoderStepParams&, int64_t begin, int64_t end);
+  void (*topk_scores)(const TopKParams&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

@@ -18,6 +18,7 @@ namespace RECGRELA_LEVEL {
 #include "gated_rela_step.h"
 // keep this order
 #include "encoder_step.h"
+#include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL
 
 const Kernels RECGRELA_KERNELS = {
@@ -27,5 +28,6 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::gated_rela_backward,
     RECGRELA_LEVEL::gated_rela_step,
     RECGRELA_LEVEL::encoder_step,
+    RECGRELA_LEVEL::topk_scores,
 };
 }  // namespace recgrela

@@ -60,32 +60,60 @@ def packed_size(size: int, dtype: torch.dtype, group: int) -> int:
     return size * dtype.itemsize + scales
 
 
-def pack(x: Tensor, dtype: torch.dtype, group: int) -> bytes:
-    """x [F] in `dtype`; int8 comes with one float16 scale per `group` neighbours, scales first."""
+def to_rest(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor | None]:
+    """x [B, F] in `dtype`, and with int8 one float16 scale per `group` neighbours, [B, F / group].
+
+    StateError when a value does not fit in float16. NaN stays NaN.
+    """
     if dtype == torch.int8:
-        rows = x.view(-1, group)
-        scale = (rows.abs().amax(1) / 127).to(torch.float16)
+        rows = x.unflatten(-1, (-1, group))
+        scale = (rows.abs().amax(-1) / 127).to(torch.float16)
         _must_fit(scale)
-        step = scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        step = scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         whole = (rows / step).round().clamp(-127, 127)
-        whole = torch.where(scale[:, None] > 0, whole, 0)
-        return raw_bytes(scale) + raw_bytes(whole.to(torch.int8))
+        whole = torch.where(scale[..., None] > 0, whole, 0)  # a NaN scale makes NaN of any value
+        return whole.to(torch.int8).flatten(-2), scale
     rounded = x.to(dtype)
     if dtype == torch.float16:
         _must_fit(rounded)
-    return raw_bytes(rounded)
+    return rounded, None
+
+
+def from_rest(data: Tensor, scale: Tensor | None, group: int) -> Tensor:
+    """Inverse of `to_rest`, float32 or float64."""
+    if scale is None:
+        return data if data.dtype == torch.float64 else data.to(torch.float32)
+    whole = data.unflatten(-1, (-1, group)).to(torch.float32)
+    return whole.mul_(scale.to(torch.float32)[..., None]).flatten(-2)
+
+
+def hidden_dtype(dtype: torch.dtype, in_use: torch.dtype) -> torch.dtype:
+    """Of the hidden state beside sums in `dtype`: as in use, with int8 bfloat16."""
+    return torch.bfloat16 if dtype == torch.int8 else in_use
+
+
+def storage_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
+    """A format at rest by its name or type; ValueError for another."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"{caller}: dtype must be one of {names}, got {dtype}")
+    return found
+
+
+def pack(x: Tensor, dtype: torch.dtype, group: int) -> bytes:
+    """x [F] in `dtype`; int8 comes with its scales first."""
+    data, scale = to_rest(x[None], dtype, group)
+    return (b"" if scale is None else raw_bytes(scale)) + raw_bytes(data)
 
 
 def unpack(data: bytes, dtype: torch.dtype, group: int) -> Tensor:
     """Inverse of `pack`, float32 or float64."""
-    if dtype == torch.float64:
-        return raw_tensor(data, dtype)
     if dtype != torch.int8:
-        return raw_tensor(data, dtype).to(torch.float32)
+        return from_rest(raw_tensor(data, dtype), None, group)
     count = len(data) // (group + 2)
-    scale = raw_tensor(data[: 2 * count], torch.float16).to(torch.float32)
-    whole = raw_tensor(data[2 * count :], torch.int8).view(count, group)
-    return (whole * scale[:, None]).reshape(-1)
+    scale = raw_tensor(data[: 2 * count], torch.float16)
+    return from_rest(raw_tensor(data[2 * count :], torch.int8), scale, group)
 
 
 def _must_fit(half: Tensor) -> None:

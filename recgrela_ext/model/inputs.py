@@ -30,20 +30,11 @@ def read_batch(
     padding_side: str = "right",
 ) -> Batch:
     """Check one batch and bring it to right-padded form; values are checked on the CPU alone."""
-    if padding_side not in ("right", "left"):
-        raise ValueError(f"{caller}: padding_side must be right or left, got {padding_side!r}")
-    check_integers(caller, "item_seq", item_seq)
-    if item_seq.dim() != 2:
-        raise ValueError(f"{caller}: item_seq must be [B, L], got {list(item_seq.shape)}")
-    B, L = item_seq.shape
+    check_form(caller, item_seq, item_seq_len, padding_side)
+    L = item_seq.shape[1]
     if item_seq_len is None:
         lengths = (item_seq != config.padding_idx).sum(1)
     else:
-        check_integers(caller, "item_seq_len", item_seq_len)
-        if item_seq_len.shape != (B,):
-            raise ValueError(
-                f"{caller}: item_seq_len must be [{B}], got {list(item_seq_len.shape)}"
-            )
         lengths = item_seq_len.to(device=item_seq.device, dtype=torch.int64)
     shift = None
     if padding_side == "left":
@@ -55,6 +46,68 @@ def read_batch(
     if values_are_checked(items):
         full = _check_values(caller, config, items, lengths, real)
     return Batch(items, lengths, real, shift, full)
+
+
+class LongBatch:
+    """Item rows [B, L] read `chunk_size` columns at a time: no copy of all of them is made.
+
+    Everything is checked, where values can be, before the first chunk is handed out.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        config: RecGRELAConfig,
+        item_seq: Tensor,
+        item_seq_len: Tensor | None,
+        padding_side: str,
+        chunk_size: int,
+    ) -> None:
+        check_form(caller, item_seq, item_seq_len, padding_side)
+        self.caller, self.config, self.chunk_size = caller, config, chunk_size
+        self.item_seq = item_seq
+        self.users, self.width = item_seq.shape
+        if item_seq_len is None:
+            parts = item_seq.split(max(chunk_size, 1), dim=1)
+            counts = [(part != config.padding_idx).sum(1) for part in parts]
+            self.lengths = torch.stack(counts).sum(0)
+        else:
+            self.lengths = item_seq_len.to(device=item_seq.device, dtype=torch.int64)
+        self.shift = self.width - self.lengths if padding_side == "left" else None
+        if values_are_checked(item_seq):
+            _check_lengths(caller, self.lengths, self.width)
+            for start in range(0, self.width, chunk_size):
+                self.chunk(start)
+
+    def chunk(self, start: int) -> Batch:
+        """The columns from `start` on, as `read_batch` gives them."""
+        width = min(self.chunk_size, self.width - start)
+        if self.shift is None:
+            items = self.item_seq[:, start : start + width]
+        else:
+            column = torch.arange(start, start + width, device=self.item_seq.device)
+            index = (column + self.shift[:, None]).clamp(max=self.width - 1)
+            items = self.item_seq.gather(1, index)
+        lengths = (self.lengths - start).clamp(0, width)
+        return read_batch(self.caller, self.config, items, lengths)
+
+
+def check_form(
+    caller: str, item_seq: Tensor, item_seq_len: Tensor | None, padding_side: str
+) -> None:
+    """Types and shapes of one batch."""
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"{caller}: padding_side must be right or left, got {padding_side!r}")
+    check_integers(caller, "item_seq", item_seq)
+    if item_seq.dim() != 2:
+        raise ValueError(f"{caller}: item_seq must be [B, L], got {list(item_seq.shape)}")
+    if item_seq_len is None:
+        return
+    check_integers(caller, "item_seq_len", item_seq_len)
+    if item_seq_len.shape != item_seq.shape[:1]:
+        raise ValueError(
+            f"{caller}: item_seq_len must be [{item_seq.shape[0]}], got {list(item_seq_len.shape)}"
+        )
 
 
 def values_are_checked(x: Tensor) -> bool:
@@ -77,10 +130,7 @@ def _check_values(
     B, L = items.shape
     if B == 0:
         return False
-    shortest, longest = (int(x) for x in lengths.aminmax())
-    if shortest < 0 or longest > L:
-        bad = shortest if shortest < 0 else longest
-        raise ValueError(f"{caller}: item_seq_len must lie in 0..{L}, got {bad}")
+    shortest = _check_lengths(caller, lengths, L)
     check_ids(caller, "item_seq", config, items)
     if int((items != config.padding_idx).sum()) != int(lengths.sum()):
         row = int(((items == config.padding_idx) & real).any(1).nonzero()[0])
@@ -89,6 +139,17 @@ def _check_values(
             f"got padding_idx={config.padding_idx} among the items of row {row}"
         )
     return shortest == L
+
+
+def _check_lengths(caller: str, lengths: Tensor, most: int) -> int:
+    """The shortest length."""
+    if not lengths.numel():
+        return 0
+    shortest, longest = (int(x) for x in lengths.aminmax())
+    if shortest < 0 or longest > most:
+        bad = shortest if shortest < 0 else longest
+        raise ValueError(f"{caller}: item_seq_len must lie in 0..{most}, got {bad}")
+    return shortest
 
 
 def check_ids(caller: str, name: str, config: RecGRELAConfig, items: Tensor) -> None:

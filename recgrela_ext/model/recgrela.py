@@ -17,7 +17,7 @@ from ..layers.encoder import GRELAEncoder, shift_rows
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
-from .retrieval import Recommendations, top_k
+from .retrieval import ItemTable, Recommendations, top_k
 from .seen import SeenItems
 from .state import StateLayout, UserState
 
@@ -259,6 +259,7 @@ class RecGRELA(nn.Module):
         exclude_seen: bool | str = "auto",
         candidates: Tensor | None = None,
         padding_side: str = "right",
+        table: ItemTable | None = None,
     ) -> Recommendations:
         """The k best next items of each user, in evaluation mode and exact, in chunks of the table.
 
@@ -268,6 +269,7 @@ class RecGRELA(nn.Module):
             exclude_seen: leave out the items of `item_seq`. "auto": yes, unless the model was made
                 for data in which more than 1 % of the events repeat an item.
             candidates: rank these rows alone, [C] or [B, C].
+            table: rank with these item vectors, in a smaller format; None: the model's own.
 
         Returns:
             items [B, k] and scores [B, k]; (padding_idx, -inf) where a user has no more items.
@@ -279,7 +281,7 @@ class RecGRELA(nn.Module):
         batch = self._read("recommend", item_seq, item_seq_len, padding_side)
         with streaming.evaluating(self):
             hidden = self._last_hidden(batch)
-        return self._top_k(hidden, k, batch.items if exclude else None, candidates)
+        return self._top_k(hidden, k, batch.items if exclude else None, candidates, table)
 
     def _excludes(self, exclude_seen: bool | str) -> bool:
         if exclude_seen == "auto":
@@ -293,10 +295,18 @@ class RecGRELA(nn.Module):
         return exclude_seen
 
     def _top_k(
-        self, hidden: Tensor, k: int, seen: Tensor | None, candidates: Tensor | None
+        self,
+        hidden: Tensor,
+        k: int,
+        seen: Tensor | None,
+        candidates: Tensor | None,
+        table: ItemTable | None,
     ) -> Recommendations:
-        table = self.item_embedding.weight
-        return top_k(hidden, table, k, self.config.padding_idx, seen, candidates)
+        if table is not None:
+            table.check(self, "RecGRELA.recommend")
+            return table.top_k(hidden, k, seen, candidates)
+        weight = self.item_embedding.weight
+        return top_k(hidden, weight, k, self.config.padding_idx, seen, candidates)
 
     # streaming
 
@@ -328,8 +338,26 @@ class RecGRELA(nn.Module):
         Raises:
             ValueError, TypeError: as `encode`; a state of another batch size or model.
         """
-        batch = self._read("prefill", item_seq, item_seq_len, padding_side)
-        return streaming.prefill(self, batch, chunk_size, state)
+        return streaming.prefill(self, item_seq, item_seq_len, chunk_size, state, padding_side)
+
+    @torch.no_grad()
+    def prefill_packed(
+        self,
+        item_ids: Tensor,
+        cu_seqlens: Tensor,
+        chunk_size: int = 512,
+        state: UserState | None = None,
+    ) -> UserState:
+        """`prefill` of histories laid end to end: no work is done on padding.
+
+        Args:
+            item_ids, cu_seqlens: as `encode_packed`.
+            chunk_size, state: as `prefill`.
+
+        Raises:
+            ValueError, TypeError: as `encode_packed`; a state of another batch size or model.
+        """
+        return streaming.prefill_packed(self, item_ids, cu_seqlens, chunk_size, state)
 
     @torch.no_grad()
     def step(self, items: Tensor, state: UserState) -> Tensor:
@@ -351,6 +379,7 @@ class RecGRELA(nn.Module):
         k: int = 10,
         seen: SeenItems | Tensor | None = None,
         candidates: Tensor | None = None,
+        table: ItemTable | None = None,
     ) -> Recommendations:
         """The k best next items after everything `state` has read, as `recommend`.
 
@@ -360,7 +389,7 @@ class RecGRELA(nn.Module):
         streaming.check_state(self, "RecGRELA.recommend_from_state", state)
         if isinstance(seen, SeenItems):
             seen = seen.padded(self.config.padding_idx, state.buffer.device)
-        return self._top_k(state.hidden, k, seen, candidates)
+        return self._top_k(state.hidden, k, seen, candidates, table)
 
     def fingerprint(self) -> bytes:
         """16 bytes that depend on the weights and on the configuration, training options apart."""

@@ -49,6 +49,13 @@ class SeenItems:
         lengths = item_seq_len.detach().cpu().tolist()
         return cls.from_lists(row[:n] for row, n in zip(rows, lengths, strict=True))
 
+    @classmethod
+    def of_sorted(cls, ids: Iterable[np.ndarray]) -> SeenItems:
+        """One user for every array of sorted, distinct int32 rows, which is taken as it is."""
+        seen = cls(0)
+        seen._users = [_User(row) for row in ids]
+        return seen
+
     def __len__(self) -> int:
         return len(self._users)
 

@@ -166,6 +166,16 @@ class UserState:
             self._clock,
         )
 
+    def select(self, users: Tensor) -> UserState:
+        """The users with these indices [n] int64, in this order; a copy."""
+        return UserState(
+            self.buffer.index_select(0, users),
+            self.position.index_select(0, users),
+            self.hidden.index_select(0, users),
+            self.layout,
+            self.fingerprint,
+        )
+
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
         """One state with the users of all (a copy); ValueError for none or different models."""
@@ -217,8 +227,9 @@ class UserState:
         Args:
             i: index of the user.
             dtype: format of the sums: float32, bfloat16, float16, int8 (with one float16 scale for
-                every head_dim values) or float64; default: as in use. Converted on put and evict,
-                not at every event: rounding at each step ruins long histories.
+                every head_dim values; the hidden state is bfloat16) or float64; default: as in
+                use. Convert on put and evict, not at every event: rounding at each step ruins
+                long histories.
             seen: also stores what user `i` of it has seen; `SeenItems.from_bytes` reads it back.
 
         Raises:
@@ -230,7 +241,8 @@ class UserState:
                 f"UserState.to_bytes: seen must hold {len(self)} users, got {len(seen)}"
             )
         row, hidden = one.buffer[0].detach().cpu(), one.hidden[0].detach().cpu()
-        dtype = _dtype(row.dtype if dtype is None else dtype)
+        dtype = storage.storage_dtype("UserState.to_bytes", row.dtype if dtype is None else dtype)
+        hidden = hidden.to(storage.hidden_dtype(dtype, hidden.dtype))
         data = storage.pack(row, dtype, self.layout.head_dim) + storage.raw_bytes(hidden)
         header = _HEADER.pack(
             0 if seen is None else _HEADER.size + len(data),
@@ -274,11 +286,3 @@ class UserState:
         state.position[0] = position
         state.advance(0, position)
         return state
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in storage.DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in storage.DTYPES)
-        raise ValueError(f"UserState.to_bytes: dtype must be one of {names}, got {dtype}")
-    return found

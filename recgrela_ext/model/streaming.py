@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
 _FUSED_USERS = 64  # above it the layers' matrix products are faster
+_ROWS = 1 << 14  # packed rows at once
 
 
 @contextmanager
@@ -67,20 +68,29 @@ def check_state(model: RecGRELA, caller: str, state: UserState, users: int | Non
         raise ValueError(f"{caller}: state must hold {users} users, got {len(state)}")
 
 
-def prefill(
-    model: RecGRELA, batch: inputs.Batch, chunk_size: int, state: UserState | None
-) -> UserState:
+def _check_chunk_size(caller: str, chunk_size: int) -> None:
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"RecGRELA.prefill: chunk_size must be an int >= 1, got {chunk_size!r}")
-    B, L = batch.items.shape
+        raise ValueError(f"{caller}: chunk_size must be an int >= 1, got {chunk_size!r}")
+
+
+def prefill(
+    model: RecGRELA,
+    item_seq: Tensor,
+    item_seq_len: Tensor | None,
+    chunk_size: int,
+    state: UserState | None,
+    padding_side: str,
+) -> UserState:
+    caller = "RecGRELA.prefill"
+    _check_chunk_size(caller, chunk_size)
+    batch = inputs.LongBatch(caller, model.config, item_seq, item_seq_len, padding_side, chunk_size)
     if state is None:
-        state = init_state(model, B)
-    check_state(model, "RecGRELA.prefill", state, B)
+        state = init_state(model, batch.users)
+    check_state(model, caller, state, batch.users)
     with evaluating(model):
-        for start in range(0, L, chunk_size):
-            items = batch.items[:, start : start + chunk_size]
-            lengths = (batch.lengths - start).clamp(0, items.shape[1])
-            _prefill_chunk(model, items, lengths, state)
+        for start in range(0, batch.width, chunk_size):
+            part = batch.chunk(start)
+            _prefill_chunk(model, part.items, part.lengths, state)
     return state
 
 
@@ -101,6 +111,69 @@ def _prefill_chunk(model: RecGRELA, items: Tensor, lengths: Tensor, state: UserS
     touched = (lengths > 0).unsqueeze(-1)
     state.hidden.copy_(torch.where(touched, last.to(state.hidden.dtype), state.hidden))
     state.advance(lengths, items.shape[1])
+
+
+def prefill_packed(
+    model: RecGRELA,
+    items: Tensor,
+    cu_seqlens: Tensor,
+    chunk_size: int,
+    state: UserState | None,
+) -> UserState:
+    caller = "RecGRELA.prefill_packed"
+    _check_chunk_size(caller, chunk_size)
+    inputs.check_packed(caller, model.config, items, cu_seqlens)
+    bounds = cu_seqlens.to(torch.int64)
+    users = bounds.shape[0] - 1
+    if state is None:
+        state = init_state(model, users)
+    check_state(model, caller, state, users)
+    starts, lengths = bounds[:-1], bounds.diff()
+    with evaluating(model):
+        for group in _groups(lengths.tolist(), chunk_size):
+            for start in range(0, int(lengths[group].max()), chunk_size):
+                some = (lengths[group] > start).nonzero().squeeze(1) + group.start
+                count = (lengths[some] - start).clamp(max=chunk_size)
+                _prefill_rows(model, items, starts[some] + start, count, state, some)
+    return state
+
+
+def _groups(lengths: list[int], chunk_size: int) -> Iterator[slice]:
+    """Neighbouring users whose chunks have at most `_ROWS` items in all, at least one user each."""
+    first, rows = 0, 0
+    for user, length in enumerate(lengths):
+        more = min(length, chunk_size)
+        if rows + more > _ROWS and user > first:
+            yield slice(first, user)
+            first, rows = user, 0
+        rows += more
+    if first < len(lengths):
+        yield slice(first, len(lengths))
+
+
+def _prefill_rows(
+    model: RecGRELA, items: Tensor, starts: Tensor, count: Tensor, state: UserState, users: Tensor
+) -> None:
+    """Packed items [starts, starts + count) of some users into their rows of `state`."""
+    bounds = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(starts - bounds[:-1], count)
+    part = state.select(users)
+    steps = torch.arange(len(shift), device=shift.device)
+    positions = None
+    if model.config.position != "none":
+        positions = steps + torch.repeat_interleave(part.position - bounds[:-1], count)
+    hidden, after = model.encoder.run(
+        model._embed(items[steps + shift], positions),
+        cu_seqlens=bounds,
+        state=part.layers,
+        return_state=True,
+    )
+    for views, finals in zip(state.layers, after, strict=True):
+        for view, final in zip(views[:3], finals[:3], strict=True):
+            view.index_copy_(0, users, final.to(view.dtype))
+    state.hidden.index_copy_(0, users, hidden[bounds[1:] - 1].to(state.hidden.dtype))
+    read = torch.zeros_like(state.position).index_copy_(0, users, count)
+    state.advance(read, int(count.max()))
 
 
 def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | None) -> Tensor:

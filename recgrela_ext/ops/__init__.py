@@ -10,6 +10,7 @@ from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
 from .reference import inv_freq
 from .rela import rela
+from .topk_scores import topk_scores
 
 __all__ = [
     "EncoderLayer",
@@ -21,4 +22,5 @@ __all__ = [
     "pack_encoder",
     "reference",
     "rela",
+    "topk_scores",
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recgrela_ext.model import RecGRELA, SeenItems, retrieval
+from recgrela_ext.model import ItemTable, RecGRELA, SeenItems
 from recgrela_ext.model.retrieval import top_k
 
 MakeModel = Callable[..., RecGRELA]
@@ -29,18 +29,12 @@ def brute_force(
     return items, values
 
 
-@pytest.fixture(params=[1 << 22, 64, 1], ids=["one chunk", "many chunks", "one column"])
-def elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(retrieval, "_ELEMENTS", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("padding_idx", [0, 40, 17])
 @pytest.mark.parametrize("k", [1, 7, 41, 60])
 @pytest.mark.parametrize("candidates", [None, "shared", "own"])
 @pytest.mark.parametrize("with_seen", [False, True])
 def test_equals_brute_force_with_ties(
-    elements: int, padding_idx: int, k: int, candidates: str | None, with_seen: bool
+    padding_idx: int, k: int, candidates: str | None, with_seen: bool
 ) -> None:
     # Small integers: every score is exact, and most of them tie.
     hidden = torch.randint(-2, 3, (6, 4)).float()
@@ -74,19 +68,35 @@ def test_half_precision_is_ranked_in_float32() -> None:
     assert torch.equal(got.scores, want.scores)
 
 
-def test_scores_of_all_users_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = 0
-    merge = retrieval._Ranking._merge
+@pytest.mark.parametrize(
+    ("dtype", "size", "limit"),
+    [("float32", 256, 0.0), ("bfloat16", 128, 4e-3), ("float16", 128, 5e-4), ("int8", 68, 4e-3)],
+)
+def test_item_table(make_model: MakeModel, dtype: str, size: int, limit: float) -> None:
+    model = make_model(torch.float32, n_items=200, hidden_size=64)
+    table = ItemTable(model, dtype)
+    assert table.nbytes == 200 * size
+    item_seq = torch.randint(1, 200, (6, 9))
+    want = model.recommend(item_seq, k=200)
+    got = model.recommend(item_seq, k=200, table=table)
+    state = model.prefill(item_seq)
+    from_state = model.recommend_from_state(state, k=200, seen=item_seq, table=table)
+    assert torch.equal(from_state.items, got.items)
+    exact, rounded = (torch.zeros(6, 200).scatter_(1, x.items, x.scores) for x in (want, got))
+    exact, rounded = exact[:, 1:], rounded[:, 1:]
+    assert torch.equal(exact.isinf(), rounded.isinf())
+    largest = (model(item_seq).norm(dim=1) * model.item_embedding.weight.norm(dim=1).max()).max()
+    assert (exact - rounded).nan_to_num(0).abs().max() <= limit * largest
+    if limit == 0:
+        assert torch.equal(got.items, want.items)
 
-    def watch(self: retrieval._Ranking, scores: Tensor, items: Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, scores.numel())
-        merge(self, scores, items)
 
-    monkeypatch.setattr(retrieval, "_ELEMENTS", 4096)
-    monkeypatch.setattr(retrieval._Ranking, "_merge", watch)
-    top_k(torch.randn(2000, 4), torch.randn(3000, 4), 3, 0)
-    assert 0 < largest <= 4096
+def test_item_table_of_another_model(make_model: MakeModel) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="table must come from this model"):
+        model.recommend(torch.tensor([[5, 6]]), table=ItemTable(make_model()))
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, int8"):
+        ItemTable(model, "int4")
 
 
 def test_recommend_leaves_out_seen_items(make_model: MakeModel) -> None:

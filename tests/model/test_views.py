@@ -83,6 +83,11 @@ def test_left_right_packed_chunked_and_step(
         state = model.prefill(padded(rows, fill=pad), lengths, chunk_size=chunk)
         assert_same(state.hidden, last)
         assert state.position.tolist() == list(LENGTHS)
+        packed = model.prefill_packed(torch.cat(rows), cu_seqlens, chunk_size=chunk)
+        assert_same(packed.hidden, last)
+        assert torch.equal(packed.position, state.position)
+        scale = state.buffer.abs().max()
+        assert (packed.buffer - state.buffer).abs().max() <= LIMIT[dtype] * scale
     stepped = model.init_state(len(rows))
     full = padded(rows, fill=pad)
     for t in range(full.shape[1]):
@@ -107,6 +112,41 @@ def test_every_split_of_prefill_and_step(make_model: MakeModel) -> None:
             assert_same(model.step(row[t : t + 1], state)[0], whole[t])
         again = model.prefill(row[None, split:], state=model.prefill(row[None, :split]))
         assert_same(again.hidden[0], whole[-1])
+
+
+@torch.no_grad()
+def test_packed_prefill_continues_a_state_and_leaves_others_alone(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recgrela_ext.model.streaming._ROWS", 20)  # several groups of users
+    model = make_model()
+    rows = histories()
+    first, second = [row[:4] for row in rows], [row[4:] for row in rows]
+    state = None
+    for part in (first, second):
+        cu_seqlens = torch.tensor([0, *(len(row) for row in part)]).cumsum(0)
+        before = None if state is None else state.clone()
+        state = model.prefill_packed(torch.cat(part), cu_seqlens, chunk_size=7, state=state)
+    assert before is not None
+    assert_same(state.hidden, model(padded(rows)))
+    assert torch.equal(state.buffer[1], before.buffer[1])  # nothing was left for user 1
+    assert torch.equal(state.hidden[1], before.hidden[1])
+    with pytest.raises(ValueError, match="state must hold 1 users, got 5"):
+        model.prefill_packed(rows[0], torch.tensor([0, 17]), state=state)
+    with pytest.raises(ValueError, match="prefill_packed: chunk_size must be an int >= 1, got 0"):
+        model.prefill_packed(rows[0], torch.tensor([0, 17]), chunk_size=0)
+
+
+@torch.no_grad()
+def test_packed_prefill_does_no_work_on_padding(make_model: MakeModel) -> None:
+    model = make_model()
+    worked: list[int] = []
+    model.input_norm.register_forward_hook(lambda module, args, out: worked.append(len(out)))
+    rows = histories()
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    model.prefill_packed(torch.cat(rows), cu_seqlens, chunk_size=8)
+    assert sum(worked) == sum(LENGTHS)
+    assert max(worked) <= 8 * len(rows)
 
 
 @torch.no_grad()
@@ -172,3 +212,24 @@ def test_nan_of_one_user_stays_with_that_user(make_model: MakeModel) -> None:
     assert torch.equal(
         lists.items[0], model.recommend(item_seq[:1], candidates=torch.arange(20, 30)).items[0]
     )
+
+
+@torch.no_grad()
+def test_long_prefill_checks_everything_before_it_changes_a_state(make_model: MakeModel) -> None:
+    model = make_model()
+    state = model.prefill(padded(histories()))
+    before = state.clone()
+    wrong = torch.randint(1, 49, (5, 40))
+    for place, text in (((3, 35), "padding on one side"), ((4, 39), "must lie in 0..49")):
+        bad = wrong.clone()
+        bad[place] = 0 if "padding" in text else 50
+        lengths = torch.full((5,), 40)
+        with pytest.raises(ValueError, match=text):
+            model.prefill(bad, lengths, chunk_size=8, state=state)
+        assert torch.equal(state.buffer, before.buffer)
+    gap = torch.tensor([[1, 0, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="padding on one side"):
+        model.prefill(gap, chunk_size=2)
+    with pytest.raises(ValueError, match=r"item_seq_len must lie in 0\.\.6, got 7"):
+        model.prefill(gap, torch.tensor([7]), chunk_size=2)
+    assert model.prefill(gap[:, :0]).position.tolist() == [0]

@@ -1,0 +1,340 @@
+"""States of many users in a fixed amount of memory: `UserStateStore`.
+
+    users, items = ...                                  # one new event per user
+    state, seen, known = store.lookup(users)            # float32, copies
+    hidden = model.step(items, state); seen.add(items)
+    store.put(users, state, seen)                       # or all of it: store.step(users, items)
+
+The users met last are kept as they are in use; the others rest in a smaller format. A state is
+converted when it leaves the first group, not at every event: rounding each time ruins it.
+
+Taking one event out of a state is not possible, because the sums do not say which part was whose:
+read the history again without it, `rebuild`. The same after the weights changed: a state of other
+weights is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import blob as storage
+from . import streaming
+from .pool import Pool, Users
+from .seen import SeenItems
+from .state import UserState
+
+if TYPE_CHECKING:
+    from .recgrela import RecGRELA
+
+Ids = Sequence[int] | np.ndarray | Tensor
+
+
+class Lookup(NamedTuple):
+    """`known` [B] bool: False where the store has nothing, `state` is then that of no items."""
+
+    state: UserState
+    seen: SeenItems
+    known: Tensor
+
+
+class Evicted(NamedTuple):
+    """Users who left a store, int64 [n], and what it kept of them."""
+
+    users: np.ndarray
+    state: UserState
+    seen: SeenItems
+
+
+class UserStateStore:
+    """States and seen items of up to `capacity` users of one causal model.
+
+    Args:
+        model: its weights must not change while the store is in use.
+        capacity: users kept; the one used longest ago makes room for a new one.
+        dtype: format at rest: float32 (float64 for a float64 model), bfloat16, float16, int8.
+        active: users kept as in use, beside those at rest; not used where the format at rest is
+            that of use already.
+        on_evict: called with the users that fall out, before they are gone; what it raises comes
+            out of `put`, and nothing has changed. None: they are dropped, so keep histories.
+        device: where the rows lie; default: the model's.
+
+    All memory but that of the seen items and of the index by user (a dict, some 100 bytes a user)
+    is taken at once. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: RecGRELA,
+        capacity: int,
+        dtype: torch.dtype | str = torch.float32,
+        active: int = 1024,
+        on_evict: Callable[[Evicted], None] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (("capacity", capacity), ("active", active)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"UserStateStore: {name} must be an int >= 1, got {value!r}")
+        self.model = model
+        self.on_evict = on_evict
+        empty = model.init_state(0)
+        self.layout, self.fingerprint = empty.layout, empty.fingerprint
+        self._device = empty.buffer.device
+        in_use, width = empty.buffer.dtype, empty.hidden.shape[1]
+        at_rest = storage.storage_dtype("UserStateStore", dtype)
+        if at_rest.itemsize > in_use.itemsize:
+            raise ValueError(f"UserStateStore: dtype must not exceed {in_use}, got {at_rest}")
+        place = torch.device(self._device if device is None else device)
+
+        def pool(rows: int, form: torch.dtype) -> Pool:
+            return Pool(rows, self.layout, width, form, in_use, place)
+
+        # The last pool is where users fall out of the store.
+        self.pools = [pool(capacity, at_rest)]
+        if at_rest != in_use:
+            self.pools.insert(0, pool(min(active, capacity), in_use))
+        self._seen: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sum(len(pool) for pool in self.pools)
+
+    def __contains__(self, user: int) -> bool:
+        return any(bool(pool.find(np.asarray([user]))[0] >= 0) for pool in self.pools)
+
+    @property
+    def users(self) -> np.ndarray:
+        """Ids of all users, int64, in no particular order."""
+        return np.concatenate([pool.users() for pool in self.pools])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, a constant."""
+        return sum(pool.rows.nbytes() for pool in self.pools)
+
+    @property
+    def user_nbytes(self) -> int:
+        """Bytes of one user at rest, seen items apart."""
+        return self.pools[-1].rows.nbytes() // self.pools[-1].capacity
+
+    @property
+    def seen_nbytes(self) -> int:
+        """Bytes of all seen items."""
+        return sum(ids.nbytes for ids in self._seen.values())
+
+    def lookup(self, users: Ids) -> Lookup:
+        """State and seen items of some users [B], as copies; they count as used now.
+
+        Raises:
+            ValueError, TypeError: `users` is not one-dimensional or not of integers.
+        """
+        ids = _user_ids("UserStateStore.lookup", users)
+        state = self.model.init_state(len(ids))
+        known = torch.zeros(len(ids), dtype=torch.bool)
+        parts = (state.buffer, state.position, state.hidden)
+        for pool in self.pools:
+            slots = pool.find(ids)
+            here = np.flatnonzero(slots >= 0)
+            if not len(here):
+                continue
+            pool.recency.touch(slots[here])
+            index = torch.from_numpy(here)
+            known[index] = True
+            for into, rows in zip(parts, pool.read(slots[here]), strict=True):
+                into.index_copy_(0, index.to(into.device), rows.to(into.device))
+        state = self._state(*parts)  # with a bound of these positions
+        return Lookup(state, self._seen_of(ids), known)
+
+    def put(self, users: Ids, state: UserState, seen: SeenItems | None = None) -> None:
+        """Store the states of distinct users [B] and, unless None, what they have seen.
+
+        Raises:
+            ValueError: a user comes twice; a state of another batch size or model.
+            StateError: a user on the way to rest has values float16 cannot hold.
+        """
+        caller = "UserStateStore.put"
+        ids = _user_ids(caller, users)
+        streaming.check_state(self.model, caller, state, len(ids))
+        if state.fingerprint != self.fingerprint:
+            raise ValueError(f"{caller}: state must come from the weights this store was made for")
+        if len(np.unique(ids)) != len(ids):
+            raise ValueError(f"{caller}: users must be distinct, got {_repeated(ids)} twice")
+        if seen is not None and len(seen) != len(ids):
+            raise ValueError(f"{caller}: seen must hold {len(ids)} users, got {len(seen)}")
+        step = self.pools[0].capacity
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            self._put(ids[part], state[part])
+            if seen is not None:
+                lists = (seen.ids(i) for i in range(start, min(start + step, len(ids))))
+                self._seen.update(zip(ids[part].tolist(), lists, strict=True))
+
+    def step(self, users: Ids, items: Tensor) -> Tensor:
+        """Apply events in order: user `users[i]` met `items[i]`; the same user may come again.
+
+        Returns the hidden states after each event, [B, hidden_size]. What `put` raises may come
+        after some of the events were stored; no event of this call is ever applied in part.
+
+        Raises: as `RecGRELA.step` and `put`.
+        """
+        ids = _user_ids("UserStateStore.step", users)
+        if items.shape != (len(ids),):
+            raise ValueError(
+                f"UserStateStore.step: items must be [{len(ids)}], got {list(items.shape)}"
+            )
+        rounds = _rounds(ids)
+        hidden = None
+        for number in range(int(rounds.max(initial=-1)) + 1):
+            chosen = np.flatnonzero(rounds == number)
+            index = torch.from_numpy(chosen)
+            state, seen, _ = self.lookup(ids[chosen])
+            events = items[index.to(items.device)]
+            after = self.model.step(events.to(self._device), state)
+            seen.add(events, self.model.config.padding_idx)
+            self.put(ids[chosen], state, seen)
+            if hidden is None:
+                hidden = after.new_empty(len(ids), after.shape[1])
+            hidden[index.to(hidden.device)] = after
+        return self.model.init_state(0).hidden if hidden is None else hidden
+
+    def rebuild(self, users: Ids, histories: Sequence[Sequence[int] | np.ndarray | Tensor]) -> None:
+        """Replace what is kept of distinct users by what their histories say.
+
+        This is how an event is deleted: leave it out of the history. Seen items are replaced too.
+
+        Raises: as `RecGRELA.prefill_packed` and `put`.
+        """
+        caller = "UserStateStore.rebuild"
+        ids = _user_ids(caller, users)
+        if len(histories) != len(ids):
+            raise ValueError(
+                f"{caller}: histories must be one per user, {len(ids)}, got {len(histories)}"
+            )
+        rows = [np.asarray(history, dtype=np.int64) for history in histories]
+        step = self.pools[0].capacity
+        for start in range(0, len(ids), step):
+            part = rows[start : start + step]
+            bounds = np.cumsum([0, *map(len, part)])
+            state = self.model.prefill_packed(
+                torch.from_numpy(np.concatenate(part)).to(self._device),
+                torch.from_numpy(bounds).to(self._device),
+            )
+            self.put(ids[start : start + step], state, SeenItems.from_lists(part))
+
+    def evict(self, users: Ids | None = None, oldest: int | None = None) -> Evicted:
+        """Take out some users, or the `oldest` ones; returns those who were there.
+
+        `on_evict` is not called. The order is the order of leaving.
+        """
+        if (users is None) == (oldest is None):
+            raise ValueError("UserStateStore.evict: one of users and oldest must be given")
+        if users is None:
+            assert oldest is not None
+            order = [pool.oldest(min(oldest, len(pool))) for pool in reversed(self.pools)]
+            ids = np.concatenate(order)[:oldest]
+        else:
+            ids = _user_ids("UserStateStore.evict", users)
+            ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
+            ids = ids[np.any([pool.find(ids) >= 0 for pool in self.pools], axis=0)]
+        state, seen, _ = self.lookup(ids)
+        for pool in self.pools:
+            pool.remove(ids[pool.find(ids) >= 0])
+        for user in ids.tolist():
+            self._seen.pop(user, None)
+        return Evicted(ids, state, seen)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything into one safetensors file, which appears whole or not at all."""
+        from .store_file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: RecGRELA,
+        on_evict: Callable[[Evicted], None] | None = None,
+        device: torch.device | str | None = None,
+    ) -> UserStateStore:
+        """What `save` wrote: sizes, format and order of use included.
+
+        Raises StateError for a file that is damaged, of something else or of another model.
+        """
+        from .store_file import load
+
+        return load(cls, path, model, on_evict, device)
+
+    # One part of `put`: at most as many users as the first pool has rows.
+    def _put(self, ids: Users, state: UserState) -> None:
+        first, last = self.pools[0], self.pools[-1]
+        slots = first.find(ids)
+        first.recency.touch(slots[slots >= 0])  # so that none of them makes room for another
+        leaving = first.oldest(max(0, int((slots < 0).sum()) - first.free))
+        rows = first.encode(state.buffer, state.position, state.hidden)
+        if first is last:
+            self._drop(leaving)
+        else:
+            self._rest(leaving, ids)
+        first.write(ids, rows)
+
+    def _rest(self, leaving: Users, ids: Users) -> None:
+        """Move users from the first pool to rest; `ids` come back from there. All or nothing."""
+        first, last = self.pools
+        resting = last.find(ids)
+        back = ids[resting >= 0]
+        last.recency.touch(resting[resting >= 0])
+        rows = last.encode(*first.read(first.find(leaving)))
+        self._drop(last.oldest(max(0, len(leaving) - last.free - len(back))))
+        last.remove(back)
+        first.remove(leaving)
+        last.write(leaving, rows)
+
+    def _drop(self, users: Users) -> None:
+        """Users fall out of the last pool."""
+        if not len(users):
+            return
+        last = self.pools[-1]
+        if self.on_evict is not None:
+            slots = last.find(users)
+            self.on_evict(Evicted(users, self._state(*last.read(slots)), self._seen_of(users)))
+        last.remove(users)
+        for user in users.tolist():
+            self._seen.pop(user, None)
+
+    def _state(self, sums: Tensor, position: Tensor, hidden: Tensor) -> UserState:
+        sums, position, hidden = (t.to(self._device) for t in (sums, position, hidden))
+        return UserState(sums, position, hidden, self.layout, self.fingerprint)
+
+    def _seen_of(self, users: Users) -> SeenItems:
+        none = np.empty(0, dtype=np.int32)
+        return SeenItems.of_sorted([self._seen.get(user, none) for user in users.tolist()])
+
+
+def _user_ids(caller: str, users: Ids) -> Users:
+    ids = users.detach().cpu().numpy() if isinstance(users, Tensor) else np.asarray(users)
+    if ids.ndim != 1:
+        raise ValueError(f"{caller}: users must be [B], got {list(ids.shape)}")
+    if len(ids) and ids.dtype.kind not in "iu":
+        raise TypeError(f"{caller}: users must be integers, got {ids.dtype}")
+    return ids.astype(np.int64)
+
+
+def _repeated(ids: Users) -> int:
+    values, counts = np.unique(ids, return_counts=True)
+    return int(values[counts > 1][0])
+
+
+def _rounds(ids: Users) -> Users:
+    """How many earlier events of the same user each event has."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    new = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+    lengths = np.diff(new, append=len(ids))
+    rounds = np.empty(len(ids), dtype=np.int64)
+    rounds[order] = np.arange(len(ids)) - np.repeat(new, lengths)
+    return rounds

@@ -1,0 +1,155 @@
+"""A whole `UserStateStore` as one safetensors file, one tensor at a time in memory.
+
+Per pool the rows as they lie, whose they are and the slots in use, oldest first; the seen
+items end to end. The metadata hold the sizes, the model's fingerprint and a checksum per tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import StateError
+from .persistence import weights_digest
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from .recgrela import RecGRELA
+    from .store import Evicted, UserStateStore
+
+_KIND, _VERSION = "recgrela_ext user states", 1
+
+
+def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for number, pool in enumerate(store.pools):
+        for name, tensor in _pool_tensors(pool).items():
+            tensors[f"{number}.{name}"] = tensor
+    users = np.fromiter(store._seen, dtype=np.int64, count=len(store._seen))
+    lists = list(store._seen.values())
+    tensors["seen.users"] = torch.from_numpy(users)
+    tensors["seen.counts"] = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
+    tensors["seen.items"] = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *lists]))
+    facts = {
+        "version": _VERSION,
+        "fingerprint": store.fingerprint.hex(),
+        "capacity": store.pools[-1].capacity,
+        "active": store.pools[0].capacity,
+        "dtype": str(store.pools[-1].dtype).removeprefix("torch."),
+        "sha256": {name: weights_digest({name: tensor}) for name, tensor in tensors.items()},
+    }
+    path = Path(path)
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
+
+
+def load(
+    cls: type[UserStateStore],
+    path: str | os.PathLike[str],
+    model: RecGRELA,
+    on_evict: Callable[[Evicted], None] | None,
+    device: torch.device | str | None,
+) -> UserStateStore:
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            facts = _facts(path, file.metadata() or {})
+            if facts["fingerprint"] != model.fingerprint().hex():
+                raise StateError(
+                    f"UserStateStore.load: {path} must come from this model, got one of another "
+                    "configuration or other weights"
+                )
+            store = cls(model, facts["capacity"], facts["dtype"], facts["active"], on_evict, device)
+            for number, pool in enumerate(store.pools):
+                _fill(pool, _Reader(file, facts, f"{number}.", path))
+            _fill_seen(store, _Reader(file, facts, "seen.", path))
+    except SafetensorError as error:
+        raise StateError(
+            f"UserStateStore.load: {path} must be a whole safetensors file: {error}"
+        ) from None
+    except OSError as error:
+        raise StateError(
+            f"UserStateStore.load: {path} must be readable: {error.strerror or error}"
+        ) from None
+    return store
+
+
+def _pool_tensors(pool: Pool) -> dict[str, Tensor]:
+    """Views of the rows that were ever used, on the CPU."""
+    taken = pool.taken
+    names = zip(pool.rows._fields, pool.rows, strict=True)
+    tensors = {name: t[:taken].cpu() for name, t in names if t is not None}
+    tensors["owner"] = torch.from_numpy(pool.owner[:taken])
+    tensors["order"] = torch.from_numpy(pool.recency.order())
+    return tensors
+
+
+def _fill(pool: Pool, read: _Reader) -> None:
+    order, owner = read("order").numpy(), read("owner").numpy()
+    for name, into in zip(pool.rows._fields, pool.rows, strict=True):
+        if into is not None:
+            into[: len(owner)] = read(name)
+    pool.restore(owner, order)
+
+
+def _fill_seen(store: UserStateStore, read: _Reader) -> None:
+    users, counts, items = (read(name).numpy() for name in ("users", "counts", "items"))
+    lists = np.split(items, np.cumsum(counts)[:-1]) if len(counts) else []
+    store._seen = {user: ids.copy() for user, ids in zip(users.tolist(), lists, strict=True)}
+
+
+def _facts(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:
+    if metadata.get("kind") != _KIND:
+        raise StateError(f"UserStateStore.load: {path} must be a saved store, got something else")
+    try:
+        facts: dict[str, Any] = json.loads(metadata["facts"])
+        version = facts["version"]
+    except (ValueError, KeyError, TypeError):
+        raise StateError(f"UserStateStore.load: {path} must have a whole header") from None
+    if version != _VERSION:
+        raise StateError(f"UserStateStore.load: {path} must have version {_VERSION}, got {version}")
+    return facts
+
+
+class _Reader:
+    """Tensors of an open file whose names share a prefix, each compared with its checksum."""
+
+    def __init__(
+        self, file: Any, facts: dict[str, Any], prefix: str, path: str | os.PathLike[str]
+    ) -> None:
+        self.file, self.facts, self.prefix, self.path = file, facts, prefix, path
+
+    def __call__(self, name: str) -> Tensor:
+        name = self.prefix + name
+        tensor: Tensor = self.file.get_tensor(name)
+        if weights_digest({name: tensor}) != self.facts["sha256"].get(name):
+            raise StateError(
+                f"UserStateStore.load: {self.path} must be whole, checksum of {name} differs"
+            )
+        return tensor
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary file that takes the place of `path` at the end, once it is on the disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield name
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

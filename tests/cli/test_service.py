@@ -1,0 +1,212 @@
+"""The example service: events applied once, and none lost when it is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from recgrela_ext import RecGRELA, RecGRELAConfig
+
+pytest.importorskip("fastapi", reason="needs fastapi")
+pytest.importorskip("uvicorn", reason="needs uvicorn")
+httpx = pytest.importorskip("httpx", reason="needs httpx")
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITERS, USERS = 4, 3  # more writers than users: some share one
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    RecGRELA(RecGRELAConfig(num_items=50, num_layers=2)).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+class Service:
+    """The service in a process of its own."""
+
+    def __init__(self, folder: Path, *storage: str) -> None:
+        self.port = free_port()
+        command = [sys.executable, str(ROOT / "python_examples/service.py"), "--port"]
+        command += [str(self.port), "--model", str(folder / "model"), *storage]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        for _ in range(600):
+            assert self.process.poll() is None, "the service ended"
+            try:
+                self.client.get("/users/nobody")
+                return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError("the service did not start")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.client.close()
+
+    def send(self, event_id: str, user: str, item: int) -> bool:
+        event = {"event_id": event_id, "user": user, "item": item}
+        answer = self.client.post("/events", json=event)
+        assert answer.status_code == 200, answer.text
+        applied: bool = answer.json()["applied"]
+        return applied
+
+
+@contextmanager
+def running(folder: Path, *storage: str) -> Iterator[Service]:
+    service = Service(folder, *storage)
+    try:
+        yield service
+    finally:
+        service.kill()
+
+
+class Load:
+    """Writers that send events until the service dies; what they sent and what was acknowledged."""
+
+    def __init__(self, name: str, service: Service) -> None:
+        self.sent: list[tuple[str, str, int]] = []
+        self.acknowledged: set[str] = set()
+        self.errors: list[str] = []
+        self.threads = [
+            threading.Thread(target=self.write, args=(f"{name}-{w}", w, service))
+            for w in range(WRITERS)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def write(self, name: str, writer: int, service: Service) -> None:
+        user = f"user{writer % USERS}"
+        for number in range(100_000):
+            event = (f"{name}-{number}", user, 1 + (7 * number + writer) % 50)
+            self.sent.append(event)
+            try:
+                applied = service.send(*event)
+            except (httpx.TransportError, RuntimeError):
+                return  # killed
+            except AssertionError as error:
+                self.errors.append(str(error))
+                return
+            if not applied:
+                self.errors.append(f"{event[0]} was new, and not applied")
+            self.acknowledged.add(event[0])
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join()
+        assert self.errors == []
+
+
+def crash(folder: Path, kills: int, *storage: str) -> None:
+    """Kill under load; after each restart everything acknowledged is there, and sending all again
+    applies what was lost and nothing twice."""
+    events: dict[str, int] = {f"user{u}": 0 for u in range(USERS)}
+    for kill in range(kills):
+        service = Service(folder, *storage)
+        load = Load(f"run{kill}", service)
+        while len(load.acknowledged) < 20:
+            assert service.process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05 * (kill % 3))
+        service.kill()
+        load.join()
+        with running(folder, *storage) as again:
+            for event_id in load.acknowledged:
+                assert again.client.get(f"/events/{event_id}").json() == {"stored": True}
+            for event in load.sent:
+                applied = again.send(*event)
+                assert not (applied and event[0] in load.acknowledged)
+                assert not again.send(*event)
+                events[event[1]] += 1
+            for user, count in events.items():
+                assert again.client.get(f"/users/{user}").json()["events"] == count
+
+
+def test_one_kill(folder: Path) -> None:
+    crash(folder, 1, "--database", str(folder / "states.sqlite"))
+
+
+@pytest.mark.slow
+def test_ten_kills(folder: Path) -> None:
+    crash(folder, 10, "--database", str(folder / "states.sqlite"))
+
+
+def follow(folder: Path, *storage: str) -> None:
+    """One user's events give the list the model gives, and bad requests change nothing."""
+    items = [3, 9, 3, 27, 41, 8]
+    with running(folder, *storage) as service:
+        for number, item in enumerate(items):
+            assert service.send(f"e{number}", "anna", item)
+        assert not service.send("e0", "anna", 12)
+        for item in (0, 51, -1):
+            event = {"event_id": "bad", "user": "anna", "item": item}
+            assert service.client.post("/events", json=event).status_code == 422
+        told = service.client.get("/users/anna").json()
+        assert (told["events"], told["items"]) == (6, 5)
+        best = service.client.get("/recommend", params={"user": "anna", "k": 50}).json()
+        assert service.client.get("/recommend", params={"user": "bert"}).status_code == 404
+    model = RecGRELA.from_pretrained(folder / "model")
+    want = model.recommend(torch.tensor([items]), k=45)
+    assert sorted(best["items"]) == sorted(want.items[0].tolist())
+    scores = dict(zip(best["items"], best["scores"], strict=True))
+    largest = float(want.scores.abs().max())
+    for item, score in zip(want.items[0].tolist(), want.scores[0].tolist(), strict=True):
+        assert abs(scores[item] - score) <= 0.03 * largest
+
+
+def test_lists_and_refusals(folder: Path) -> None:
+    follow(folder, "--database", str(folder / "states.sqlite"))
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("redis", reason="needs the Redis client")
+    server = shutil.which("redis-server")
+    if server is None:
+        pytest.skip("needs redis-server on the PATH")
+    port = free_port()
+    command = [server, "--port", str(port), "--dir", str(tmp_path), "--appendonly", "yes"]
+    process = subprocess.Popen([*command, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with connected(port) as answered:
+                if answered:
+                    break
+            time.sleep(0.1)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def connected(port: int) -> Iterator[bool]:
+    with socket.socket() as s:
+        yield s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_redis(folder: Path, redis_url: str) -> None:
+    follow(folder, "--redis", redis_url)
+    crash(folder, 1, "--redis", redis_url)
