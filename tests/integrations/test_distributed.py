@@ -6,9 +6,6 @@ The largest difference of each loss curve is printed (pytest -rP shows it) and b
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +15,11 @@ import torch
 from recgrela_ext import RecGRELA, RecGRELAConfig
 from recgrela_ext.integrations.distributed import load_checkpoint, save_checkpoint, train_step
 from tests.integrations.distributed_worker import EXAMPLE, load_example
+from tests.integrations.torchrun import largest_difference, torchrun
 
-ROOT = Path(__file__).parents[2]
 SIZES = ["--steps", "6", "--batch", "12", "--max-len", "20", "--hidden-size", "32", "--lr", "0.01"]
 # Only the order of sums differs: some units in the last place of a loss of 5, grown over six steps.
 LIMIT = {"float64": 1e-12, "float32": 5e-6}
-
-
-def torchrun(*command: str, processes: int = 2, restarts: int = 0) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc-per-node={processes}", f"--max-restarts={restarts}", *command],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
 
 
 def run_variants(
@@ -50,13 +37,6 @@ def alone(*arguments: str) -> list[float]:
     example = load_example()
     options = example.read_options([*SIZES, *arguments])
     return example.train(options, example.read_log(options))
-
-
-def largest_difference(name: str, losses: list[float], expected: list[float]) -> float:
-    assert len(losses) == len(expected)
-    found = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-    print(f"{name}: largest difference of the loss curve {found:.2e}")
-    return found
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
