@@ -100,9 +100,7 @@ def train(options: argparse.Namespace, log: Sequences, device: str = "cpu") -> l
     start = load_checkpoint(options.checkpoint, model, optimizer) if options.checkpoint else 0
     losses = []
     for step in range(start, options.steps):
-        parts = [
-            tuple(x.to(device) for x in part) for part in rows_of_step(log, options, step)
-        ]
+        parts = [tuple(x.to(device) for x in part) for part in rows_of_step(log, options, step)]
         losses.append(float(train_step(model, optimizer, parts)))
         first_time = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if step == options.fail_at and first_time and dist.get_rank() == dist.get_world_size() - 1:

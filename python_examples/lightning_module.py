@@ -4,7 +4,7 @@
     python python_examples/lightning_module.py                     # a small made-up catalogue
     python python_examples/lightning_module.py --data log.inter --epochs 20 --checkpoint last.ckpt
 
-The checkpoint is Lightning's own; a second run with the same --checkpoint and more --epochs goes on.
+The checkpoint is Lightning's own; a second run with the same file and more --epochs goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def train_rows(log: Sequences, length: int) -> list[tuple[torch.Tensor, torch.Te
     histories = [torch.from_numpy(log.history(u)).long()[-length - 1 :] for u in range(len(log))]
     histories = [history for history in histories if len(history) > 1]
     items = right_padded([history[:-1] for history in histories], length)
-    return list(zip(items, right_padded([history[1:] for history in histories], length), strict=True))
+    return list(
+        zip(items, right_padded([history[1:] for history in histories], length), strict=True)
+    )
 
 
 def target_rows(targets: Targets, length: int) -> list[tuple[torch.Tensor, int]]:

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -118,7 +119,7 @@ def save_checkpoint(
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": step}
     with _quiet():
-        dcp.save(state, checkpoint_id=Path(folder) / f"step-{step:09d}", no_dist=_alone())
+        save(state, checkpoint_id=Path(folder) / f"step-{step:09d}", no_dist=_alone())
     if _alone() or dist.get_rank() == 0:
         for old in _complete(folder)[:-keep]:
             shutil.rmtree(old)
@@ -135,7 +136,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "step": 0}
     with _quiet():
-        dcp.load(state, checkpoint_id=found[-1], no_dist=_alone())
+        load(state, checkpoint_id=found[-1], no_dist=_alone())
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )

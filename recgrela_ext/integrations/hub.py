@@ -5,8 +5,8 @@
     model = RecGRELA.from_pretrained("me/my-model")      # also a folder
     model.recommend(item_seq, k=10)
 
-The files are those of `recgrela_ext.RecGRELA.save_pretrained` (config, weights, id map; no pickle) and
-a model card that states mode, data and protocol, so either class reads what the other wrote.
+The files are those of `recgrela_ext.RecGRELA.save_pretrained` (config, weights, id map; no pickle)
+and a model card that states mode, data and protocol; either class reads what the other wrote.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext.model import persistence
 
+_TAGS = (
+    "recommender-system",
+    "sequential-recommendation",
+    "arxiv:2506.13315",
+    "model_hub_mixin",
+    "pytorch_model_hub_mixin",
+)
 _MODES = {
-    "causal": "This is recgrela_ext's causal variant, which the paper does not describe; no published "
-    "figure belongs to it. It keeps a small fixed state per user and follows events one at a time.",
+    "causal": "This is recgrela_ext's causal variant, which the paper does not describe; no "
+    "published figure belongs to it. It keeps a small fixed state per user and follows events one "
+    "at a time.",
     "published": "This is the published bidirectional model: padding takes part in the attention, "
     "and there is no state per user.",
     "bidirectional": "This is a bidirectional model that does not see padding; it is not the "
@@ -31,9 +39,7 @@ _MODES = {
 }
 
 
-class RecGRELA(PyTorchModelHubMixin, Model, library_name="recgrela_ext",
-               tags=["recommender-system", "sequential-recommendation", "linear-attention"],
-               paper_url="https://arxiv.org/abs/2506.13315"):  # fmt: skip
+class RecGRELA(PyTorchModelHubMixin, Model):
     """`recgrela_ext.RecGRELA` with the mixin's `save_pretrained`, `push_to_hub`, `from_pretrained`.
 
     `from_pretrained` raises CheckpointError for files that are torn, mixed or of another model.
@@ -86,9 +92,8 @@ class RecGRELA(PyTorchModelHubMixin, Model, library_name="recgrela_ext",
             protocol: how it was evaluated, beside what `result` tells.
             license: an identifier of the Hub, for the header.
         """
-        head = self._hub_mixin_info.model_card_data.to_dict()
-        header = [f"library_name: {head['library_name']}", "tags:"]
-        header += [f"- {tag}" for tag in head["tags"]] + ([f"license: {license}"] if license else [])
+        header = ["library_name: recgrela_ext", "tags:", *(f"- {tag}" for tag in _TAGS)]
+        header += [f"license: {license}"] if license else []
         if result is not None:
             data = data or f"{result['data']}, order `{result['order']}`"
             told = (

@@ -13,8 +13,8 @@ pads on the right and feeds one prefix per row: the last real position is traine
 
 RecBole 1.2.1 runs under "numpy<2" "pandas<3" "setuptools<81", which the extra ``recbole`` pins. Its
 own trainer unpickles whole objects from its checkpoints, which torch refuses since 2.6 unless
-TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 is set. `SafeTrainer` reads the same files without running anything
-they hold, and needs no such setting.
+TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 is set. `SafeTrainer` reads the same files without running
+anything they hold, and needs no such setting.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     model.recommend(users, dataset, k=10, filter_viewed=True)
 
 `SLOT` holds four settings: these layers, their initialisation, no attention mask and no position
-table, which rotary positions replace. Item networks, losses, recommending and saving stay RecTools'.
+table, which rotary positions replace. Item networks, losses, recommending, saving stay RecTools'.
 Sequences are padded on the left with item 0.
 
 When training starts, RecTools draws every matrix again from a Xavier normal, short convolutions and
@@ -73,7 +73,7 @@ class RecGRELAModule(TransformerLightningModule):
 
 
 def initialise(backbone: nn.Module, std: float = 0.02) -> None:
-    """For a RecTools backbone with `RecGRELALayers`; call it from a Lightning module of your own."""
+    """For a backbone with `RecGRELALayers`; a Lightning module of your own may call it."""
     for module in backbone.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.Linear)):
             nn.init.normal_(module.weight, std=std)

@@ -70,7 +70,7 @@ class GRELAEncoder(nn.Module):
 
 
 class NoAttentionMask(nn.Module):
-    """Stands where RePlay builds its `[B * H, L, L]` mask; causal by construction, none is needed."""
+    """Stands where RePlay builds its `[B * H, L, L]` mask; causal blocks need none."""
 
     def forward(self, feature_tensor: TensorMap, padding_mask: Tensor) -> None:
         """None."""

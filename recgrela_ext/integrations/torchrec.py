@@ -7,8 +7,8 @@
     save_checkpoint("runs/step-1000", model, optimizer)    # for any number of processes
     gather(model).save_pretrained("runs/whole")        # on process 0
 
-A batch is one KeyedJaggedTensor: "item" and "target", equally long, and "negative", sampled items of
-each user. One table answers all three. The encoder takes the histories packed, as they come. The
+A batch is one KeyedJaggedTensor: "item" and "target", equally long, and "negative", sampled items
+of each user. One table answers all three. The encoder takes the histories packed, as they come. The
 loss is a softmax over the target and its user's negatives, and a mean over all processes' targets.
 
 Tried with torchrec and fbgemm-gpu-cpu 1.8.0 on torch 2.13; 1.7.0 and 1.9.x do not load there.
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -43,7 +44,7 @@ KEYS = ["item", "target", "negative"]
 
 
 class RecGRELA(nn.Module):
-    """The causal model without scores of all items; weights are named as in `recgrela_ext.RecGRELA`.
+    """The causal model without scores of all items; but for the table, weights keep their names.
 
     Args:
         config: as there; causal, without position embeddings. Row `padding_idx` is never read.
@@ -56,8 +57,7 @@ class RecGRELA(nn.Module):
         super().__init__()
         if not config.causal or config.position != "none":
             raise ValueError(
-                "RecGRELA: config must be causal with position='none', "
-                f"got {config.variant!r}"
+                f"RecGRELA: config must be causal with position='none', got {config.variant!r}"
             )
         self.config = config
         width, std = config.hidden_size, config.initializer_range
@@ -122,8 +122,8 @@ def jagged_batch(
     wanted = torch.tensor([len(items) for items in targets])
     if len(negatives) != len(lengths) or not torch.equal(lengths, wanted):
         raise ValueError(
-            f"jagged_batch: targets and negatives must fit item_seqs of lengths {lengths.tolist()}, "
-            f"got lengths {wanted.tolist()} and {len(negatives)} users"
+            "jagged_batch: targets and negatives must fit item_seqs of lengths "
+            f"{lengths.tolist()}, got lengths {wanted.tolist()} and {len(negatives)} users"
         )
     values = torch.cat((*item_seqs, *targets, negatives.flatten()))
     sampled = torch.full_like(lengths, negatives.shape[1])
@@ -134,7 +134,7 @@ def shard_by_rows(
     model: RecGRELA, table_lr: float, lr: float, device: torch.device | str = "cpu"
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """The table cut by rows with row-wise Adagrad in its backward; the rest in DDP with AdamW."""
-    apply_optimizer_in_backward(RowWiseAdagrad, model.tables.parameters(), {"lr": table_lr})
+    _apply_optimizer_in_backward(RowWiseAdagrad, model.tables.parameters(), {"lr": table_lr})
     sharder: Any = EmbeddingCollectionSharder()
     device = torch.device(device)
     plan = construct_module_sharding_plan(
@@ -167,13 +167,13 @@ def _with_state(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Opti
 def save_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> None:
     """Every process writes its rows and its part of the optimiser's state."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.save(state, checkpoint_id=folder)
+    save(state, checkpoint_id=folder)
 
 
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> None:
     """Load what another number of processes may have saved."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
 

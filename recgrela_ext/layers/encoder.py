@@ -51,9 +51,7 @@ class GRELAEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, AdaptiveRankModulator):
+            elif isinstance(module, (nn.LayerNorm, AdaptiveRankModulator)):
                 module.reset_parameters()
 
     def forward(

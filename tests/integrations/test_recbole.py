@@ -1,4 +1,4 @@
-"""RecBole 1.2.1 trains and evaluates the adapter; `make test-integrations` makes its environment."""
+"""RecBole 1.2.1 trains and evaluates the adapter, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.evaluation import evaluate
 from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
 
-pytest.importorskip(
-    "recbole", reason="RecBole is not installed (`make test-integrations`)"
-)
+pytest.importorskip("recbole", reason="RecBole is not installed (`make test-integrations`)")
 
 MODES = ("causal", "paper")
 
@@ -106,7 +104,7 @@ def test_recbole_trains_and_its_metrics_are_ours(recbole_run: Any, mode: str) ->
 
 
 def test_training_goes_on_from_a_checkpoint(recbole_run: Any) -> None:
-    """SafeTrainer reads what RecBole wrote; torch.load refuses it without the environment switch."""
+    """SafeTrainer reads what RecBole wrote, which torch.load refuses by default."""
     first, _, (train, valid, _) = recbole_run(epochs=2)
     first.fit(train, valid, verbose=False, show_progress=False)
     with pytest.raises(pickle.UnpicklingError):
