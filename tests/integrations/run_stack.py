@@ -6,7 +6,10 @@ python tests/integrations/run_stack.py rectools
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small sizes; before torch is imported
 
 import pytest
 
