@@ -126,7 +126,8 @@ def recbole(
     model.eval()
 
     def compute(items: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        batch = {"item_id_list": to_theirs[items], "item_length": lengths}
+        rows = _close_gaps(to_theirs[items], left=False)
+        batch = {"item_id_list": rows, "item_length": (rows != 0).sum(1)}
         scores = model.full_sort_predict(batch)[:, to_theirs]
         return scores.masked_fill(to_theirs == 0, -torch.inf)
 
@@ -179,7 +180,9 @@ def rectools(
         table = backbone.item_model.get_all_embeddings()
 
     def compute(items: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        hidden = backbone.encode_sessions({"x": _close_gaps(to_theirs[items])}, table)[:, -1]
+        hidden = backbone.encode_sessions({"x": _close_gaps(to_theirs[items], left=True)}, table)[
+            :, -1
+        ]
         return (hidden @ table.T)[:, to_theirs].masked_fill(to_theirs == 0, -torch.inf)
 
     return Scorer(compute, settings.max_len, left=True), timer.seconds
@@ -247,14 +250,16 @@ def replay(
 
 _SILENT = {
     "enable_checkpointing": False,
+    "limit_val_batches": 0,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
 
 
-def _close_gaps(rows: torch.Tensor) -> torch.Tensor:
-    """Left-padded rows [B, L] without the zeros inside them: items the training part lacks."""
-    order = (rows != 0).to(torch.int8).argsort(dim=1, stable=True)
+def _close_gaps(rows: torch.Tensor, left: bool) -> torch.Tensor:
+    """Padded rows [B, L] without the zeros inside them: items the training part lacks."""
+    real = rows != 0
+    order = (real if left else ~real).to(torch.int8).argsort(dim=1, stable=True)
     return rows.gather(1, order)
 
 
