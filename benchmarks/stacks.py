@@ -2,10 +2,10 @@
 
     build/integrations/recbole/bin/python benchmarks/stacks.py --stack recbole --data ml-100k.inter
 
-Each model is trained with every learning rate and seed; the rate with the best mean NDCG@10 on
-validation is the one whose test figures count. No early stopping: the last epoch's weights are
-evaluated. Ranking is `recgrela_ext.evaluate`, the same for both. After every run the result file
-is rewritten, and a command given again does what is missing in it.
+Each model is trained with every learning rate under the first seed; the rate with the best NDCG@10
+on validation is then trained under the other seeds, and its test figures are averaged. No early
+stopping: the last epoch's weights are evaluated. Ranking is `recgrela_ext.evaluate`, the same for
+both. After every run the result file is rewritten, and a command given again does what is missing.
 """
 
 from __future__ import annotations
@@ -89,26 +89,25 @@ def run(options: argparse.Namespace, splits: Any, model: str, lr: float, seed: i
     return {"model": model, "lr": lr, "seed": seed, **figures, "epoch_seconds": seconds}
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per model the learning rate chosen on validation, its mean test figures and epoch time."""
+def chosen_rate(runs: list[dict[str, Any]], model: str, seed: int) -> float:
+    """The learning rate with the best NDCG@10 on validation, by the first seed."""
+    tried = [one for one in runs if (one["model"], one["seed"]) == (model, seed)]
+    return max(tried, key=lambda one: one["valid"]["seen_included/ndcg@10"])["lr"]
+
+
+def summary(runs: list[dict[str, Any]], first_seed: int) -> dict[str, Any]:
+    """Per model the chosen learning rate, its mean test figures and seconds per epoch."""
     told = {}
-    for model in MODELS:
-        rates: dict[float, list[dict[str, Any]]] = {}
-        for one in runs:
-            if one["model"] == model:
-                rates.setdefault(one["lr"], []).append(one)
-        if not rates:
-            continue
-
-        def on_validation(lr: float, rates: Any = rates) -> float:
-            return statistics.mean(one["valid"]["seen_included/ndcg@10"] for one in rates[lr])
-
-        chosen = rates[max(rates, key=on_validation)]
-        names = chosen[0]["test"]
+    for model in {one["model"] for one in runs}:
+        lr = chosen_rate(runs, model, first_seed)
+        chosen = [one for one in runs if (one["model"], one["lr"]) == (model, lr)]
         told[model] = {
-            "lr": chosen[0]["lr"],
+            "lr": lr,
             "seeds": [one["seed"] for one in chosen],
-            "test": {n: statistics.mean(one["test"][n] for one in chosen) for n in names},
+            "test": {
+                name: statistics.mean(one["test"][name] for one in chosen)
+                for name in chosen[0]["test"]
+            },
             "seconds_per_epoch": statistics.median(
                 second for one in chosen for second in one["epoch_seconds"]
             ),
@@ -126,30 +125,36 @@ def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
     path = options.out or ROOT / "benchmarks" / "results" / f"stacks-{options.stack}.json"
-    with open(f"{path}.lock", "w", encoding="utf-8") as lock:
+    with open(options.data, "rb") as lock:  # one process at a time: they would share the cores
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"another process is writing {path}")
+            sys.exit(f"another comparison on {options.data} is running: start it when that is done")
         splits = Interactions.from_file(options.data).leave_one_out()
         result = begin(options, path, splits[2].target_sha256)
-        done = {(one["model"], one["lr"], one["seed"]) for one in result["runs"]}
-        grid = [(m, lr, s) for s in options.seeds for lr in options.lrs for m in MODELS]
-        for number, one in enumerate(grid, start=1):
-            if one in done:
-                continue
-            found = run(options, splits, *one)
+        first, *others = options.seeds
+
+        def do(model: str, lr: float, seed: int) -> None:
+            if any((o["model"], o["lr"], o["seed"]) == (model, lr, seed) for o in result["runs"]):
+                return
+            found = run(options, splits, model, lr, seed)
             result["runs"].append(found)
-            result["best"] = summary(result["runs"])
             write(path, result)
             test, seconds = found["test"], statistics.median(found["epoch_seconds"])
             print(
-                f"{number}/{len(grid)} {one[0]} lr {one[1]} seed {one[2]}: "
+                f"{len(result['runs'])}: {model} lr {lr} seed {seed}: "
                 f"hr@10 {test['seen_included/hit@10']:.4f} "
                 f"ndcg@10 {test['seen_included/ndcg@10']:.4f} {seconds:.1f} s/epoch",
                 flush=True,
             )
-    Path(f"{path}.lock").unlink()
+
+        for model in MODELS:
+            for lr in options.lrs:
+                do(model, lr, first)
+            for seed in others:
+                do(model, chosen_rate(result["runs"], model, first), seed)
+        result["best"] = summary(result["runs"], first)
+        write(path, result)
 
 
 if __name__ == "__main__":
