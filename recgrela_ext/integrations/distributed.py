@@ -33,11 +33,13 @@ from torch.nn.parallel import DistributedDataParallel
 from recgrela_ext import RecGRELA
 
 Rows = tuple[Tensor, Tensor | None, Tensor]  # item_seq [B, L], item_seq_len [B], targets [B, L]
-_METHODS = ("encode", "encode_packed", "loss", "recommend", "prefill")
+_METHODS = ("encode", "recommend")  # none that forward itself calls
 
 
 def fully_shard_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     """FSDP2: every block is a group of its own, the item table belongs to the root's.
+
+    Weights are gathered for `model(...)`, with targets for the loss, for `encode` and `recommend`.
 
     Args:
         model: changed in place; make the optimizer afterwards.
@@ -46,7 +48,7 @@ def fully_shard_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     for block in model.encoder.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    for name in _METHODS:  # gathers the weights for these too, as for forward
+    for name in _METHODS:
         register_fsdp_forward_method(model, name)
     return model
 

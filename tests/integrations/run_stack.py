@@ -16,9 +16,9 @@ import pytest
 # Stack: (modules that must load, test files).
 STACKS = {
     "recbole": (["recbole"], ["test_recbole.py", "test_published.py",
-                              "../evaluation/test_recbole_agreement.py"]),
-    "rectools": (["rectools", "pytorch_lightning"], ["test_rectools.py"]),
-    "replay": (["replay", "lightning"], ["test_replay.py"]),
+                              "../evaluation/test_recbole_agreement.py", "test_comparison.py"]),
+    "rectools": (["rectools", "pytorch_lightning"], ["test_rectools.py", "test_comparison.py"]),
+    "replay": (["replay", "lightning"], ["test_replay.py", "test_comparison.py"]),
     "torchrec": (["torchrec"], ["test_torchrec.py"]),
     "hub": (["huggingface_hub", "lightning"], ["test_hub.py", "test_lightning.py"]),
     "distributed": ([], ["test_distributed.py", "test_sasrec.py"]),
@@ -29,7 +29,8 @@ def main() -> int:
     modules, files = STACKS[sys.argv[1]]
     for name in modules:
         importlib.import_module(name)
-    paths = [f"tests/integrations/{name}" for name in (*files, "test_reference_path.py")]
+    files = [*files, "test_framework_examples.py", "test_reference_path.py"]
+    paths = [f"tests/integrations/{name}" for name in files]
     # -m "" takes the slow ones too; -rP tells the largest differences.
     options = ["-q", "-m", "", "-W", "ignore", "-rP", "--show-capture=stdout"]
     return int(pytest.main([*options, *paths]))

@@ -17,9 +17,10 @@ from recgrela_ext.integrations.distributed import load_checkpoint, save_checkpoi
 from tests.integrations.distributed_worker import EXAMPLE, load_example
 from tests.integrations.torchrun import largest_difference, torchrun
 
-SIZES = ["--steps", "6", "--batch", "12", "--max-len", "20", "--hidden-size", "32", "--lr", "0.01"]
-# Only the order of sums differs: some units in the last place of a loss of 5, grown over six steps.
-LIMIT = {"float64": 1e-12, "float32": 5e-6}
+SIZES = ["--steps", "6", "--batch", "12", "--max-len", "40", "--hidden-size", "32", "--lr", "0.01"]
+# Only the order of sums differs. A unit in the last place of a float32 loss of 5 is 4.8e-7; six
+# steps of Adam, which divide gradients by their size, may grow it to some twenty of them.
+LIMIT = {"float64": 1e-12, "float32": 1e-5}
 
 
 def run_variants(

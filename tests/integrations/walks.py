@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 
@@ -21,3 +23,12 @@ def columns(users: int = 60, items: int = 30, seed: int = 0) -> dict[str, np.nda
         "item_id": np.concatenate([np.array(walk) for walk in log]),
         "timestamp": np.concatenate([np.arange(length) for length in lengths]),
     }
+
+
+def write_inter(path: Path) -> None:
+    """The same log as RecBole's atomic file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(*(column.tolist() for column in columns().values()), strict=True)
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    lines += ["\t".join(map(str, row)) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
