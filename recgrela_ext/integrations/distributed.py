@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from recgrela_ext import RecGRELA
+from recgrela_ext._library import has_kernels
 
 Rows = tuple[Tensor, Tensor | None, Tensor]  # item_seq [B, L], item_seq_len [B], targets [B, L]
 _METHODS = ("encode", "recommend")  # none that forward itself calls
@@ -56,11 +57,17 @@ def fully_shard_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
 def compile_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     """torch.compile of every block, before it is wrapped; names of weights stay.
 
+    Where there are no compiled operators the attention stays as it is: its plain form on packed
+    rows is more than Inductor takes (torch 2.13).
+
     Args:
-        model: changed in place.
+        model: changed in place, on the device it will run on.
         options: of `torch.compile`.
     """
     for block in model.encoder.layers:
+        if not has_kernels(model.item_embedding.weight.device):
+            modulator: Any = block.modulator
+            modulator.forward = torch.compiler.disable(modulator.forward)
         # Not Module.compile: that would trace the hooks of FSDP2 as well.
         block.forward = torch.compile(block.forward, **options)
     return model
