@@ -91,9 +91,12 @@ class RecGRELA(nn.Module):
         logits = torch.cat((positive, self._negative(batch, rows, hidden, bounds)), 1)
         first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         count = torch.tensor(float(len(logits)), dtype=torch.float64, device=logits.device)
-        dist.all_reduce(count)
-        share = dist.get_world_size() / count.clamp(min=1)
-        return F.cross_entropy(logits, first, reduction="sum") * share.to(logits.dtype), hidden
+        processes = 1
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            processes = dist.get_world_size()
+        share = (processes / count.clamp(min=1)).to(logits.dtype)
+        return F.cross_entropy(logits, first, reduction="sum") * share, hidden
 
     def _negative(self, batch: Any, rows: Any, hidden: Tensor, bounds: Tensor) -> Tensor:
         """Logits [T, K] of the user's sampled items; -inf where one is the target itself."""
