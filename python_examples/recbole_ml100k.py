@@ -4,9 +4,11 @@ RecBole wants an environment of its own, as it needs old versions of numpy, pand
 
     pip install torch
     pip install 'recgrela-ext[recbole]'
-    python python_examples/recbole_ml100k.py --data FOLDER
+    python python_examples/recbole_ml100k.py
+    python python_examples/recbole_ml100k.py --dataset mine --data FOLDER
 
-FOLDER holds ml-100k/ml-100k.inter; RecBole downloads it there when it is absent.
+ml-100k comes with RecBole, which reads its own copy whatever --data says; another dataset is
+FOLDER/NAME/NAME.inter.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from recgrela_ext.integrations.recbole import RecGRELA, SafeTrainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="dataset", help="folder that holds ml-100k/")
+    parser.add_argument("--dataset", default="ml-100k", help="its name")
+    parser.add_argument("--data", default="dataset", help="folder of datasets")
     parser.add_argument("--mode", choices=("causal", "paper"), default="causal")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-len", type=int, default=50)
@@ -59,7 +62,7 @@ def main() -> None:
         "checkpoint_dir": options.checkpoints,
         "show_progress": False,
     }
-    config = Config(model=RecGRELA, dataset="ml-100k", config_dict=settings)
+    config = Config(model=RecGRELA, dataset=options.dataset, config_dict=settings)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     train, valid, test = data_preparation(config, dataset)

@@ -16,7 +16,7 @@ from tests.integrations.walks import write_inter
 EXAMPLES = {
     "recbole": (
         "recbole_ml100k.py",
-        ["--data", ".", "--epochs", "2", "--max-len", "8", "--mode", "paper"],
+        ["--dataset", "walks", "--data", ".", "--epochs", "2", "--max-len", "8", "--mode", "paper"],
         "'ndcg@10'",
     ),
     "rectools": ("rectools_walkthrough.py", ["--epochs", "1", "--save", "model"], "ndcg@10 "),
@@ -32,7 +32,7 @@ def test_runs(framework: str, tmp_path: Path) -> None:
     if find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed (`make test-integrations`)")
     name, arguments, told = EXAMPLES[framework]
-    write_inter(tmp_path / "ml-100k" / "ml-100k.inter")
+    write_inter(tmp_path / "walks" / "walks.inter")
 
     def run(*more: str) -> str:
         done = subprocess.run(
