@@ -1,4 +1,4 @@
-# make test | demo [DATA=path/to/ratings] | gpu | lint | format | clean
+# make test | test-integrations | demo [DATA=path/to/ratings] | gpu | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -13,7 +13,12 @@ DEV_READY := $(VENV)/stamp-dev
 BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 	$(shell find build_backend csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench
+# Frameworks disagree on versions, so each is tried in an environment of its own.
+STACKS := recbole rectools replay torchrec hub
+STACK_ENV := build/integrations
+
+.PHONY: test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
+	test-integrations test-distributed $(STACKS:%=test-%)
 
 test: $(INSTALLED) ctest
 	$(BIN)/python -m pytest
@@ -24,6 +29,22 @@ ctest: $(INSTALLED)
 	  cmake --build build/cmake -j 2 && \
 	  ctest --test-dir build/cmake --output-on-failure; \
 	else echo "cmake was not found: the C++ tests are left out"; fi
+
+test-integrations: $(STACKS:%=test-%) test-distributed
+
+# Twice: with the compiled operators and without.
+$(STACKS:%=test-%): test-%: $(STACK_ENV)/%/stamp
+	PYTHONPATH=. $(STACK_ENV)/$*/bin/python tests/integrations/run_stack.py $*
+	RECGRELA_DISABLE_EXTENSION=1 PYTHONPATH=. $(STACK_ENV)/$*/bin/python tests/integrations/run_stack.py $*
+
+test-distributed: $(INSTALLED)
+	$(BIN)/python tests/integrations/run_stack.py distributed
+	RECGRELA_DISABLE_EXTENSION=1 $(BIN)/python tests/integrations/run_stack.py distributed
+
+$(STACK_ENV)/%/stamp: $(INSTALLED)
+	$(PYTHON) -m venv $(STACK_ENV)/$*
+	$(BIN)/python tests/integrations/install_stack.py $* $(STACK_ENV)/$*/bin/python "$(TORCH)"
+	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recgrela_ext.demo $(if $(DATA),--data "$(DATA)")

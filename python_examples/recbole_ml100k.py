@@ -1,38 +1,39 @@
 """Train and evaluate RecGRELA inside RecBole 1.2.1 on ml-100k.
 
-RecBole wants an environment of its own:
+RecBole wants an environment of its own, as it needs old versions of numpy, pandas and setuptools:
 
     pip install torch
-    pip install recgrela-ext "numpy<2" "setuptools<81" "pandas<3" recbole==1.2.1
-    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python python_examples/recbole_ml100k.py --data FOLDER
+    pip install 'recgrela-ext[recbole]'
+    python python_examples/recbole_ml100k.py
+    python python_examples/recbole_ml100k.py --dataset mine --data FOLDER
 
-FOLDER holds ml-100k/ml-100k.inter; RecBole downloads it there when it is absent.
+ml-100k comes with RecBole, which reads its own copy whatever --data says; another dataset is
+FOLDER/NAME/NAME.inter.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-
-os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # RecBole pickles its checkpoints
+import sys
 
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from recgrela_ext.integrations.recbole import RecGRELA
+from recgrela_ext.integrations.recbole import RecGRELA, SafeTrainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="dataset", help="folder that holds ml-100k/")
+    parser.add_argument("--dataset", default="ml-100k", help="its name")
+    parser.add_argument("--data", default="dataset", help="folder of datasets")
     parser.add_argument("--mode", choices=("causal", "paper"), default="causal")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-len", type=int, default=50)
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--checkpoints", default="saved", help="folder for RecBole's checkpoints")
     options = parser.parse_args()
+    sys.argv = sys.argv[:1]  # RecBole reads it too
     settings = {
         "data_path": options.data,
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
@@ -61,12 +62,12 @@ def main() -> None:
         "checkpoint_dir": options.checkpoints,
         "show_progress": False,
     }
-    config = Config(model=RecGRELA, dataset="ml-100k", config_dict=settings)
+    config = Config(model=RecGRELA, dataset=options.dataset, config_dict=settings)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     train, valid, test = data_preparation(config, dataset)
     model = RecGRELA(config, train.dataset).to(config["device"])
-    trainer = Trainer(config, model)
+    trainer = SafeTrainer(config, model)
     best, _ = trainer.fit(train, valid, show_progress=config["show_progress"])
     print(f"best valid ndcg@10 {best:.4f}")
     print("test", dict(trainer.evaluate(test, load_best_model=True)))

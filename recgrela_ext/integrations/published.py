@@ -14,6 +14,7 @@ import collections
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,9 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+
+_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
 class _Inert:
@@ -66,10 +70,25 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+class _ScalarType(_Inert):
+    """In place of a numpy dtype, of which its name is all that is kept."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+
+
+def _scalar(kind: _ScalarType, data: bytes) -> Any:
+    """A numpy number, which metrics are, as Python's."""
+    return struct.unpack("<" + _SCALARS[kind.code], data)[0]
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("numpy", "dtype"): _ScalarType,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
@@ -94,20 +113,37 @@ class _ListedUnpickler(pickle.Unpickler):
         return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
 
 
-def published_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Weights of a RecBole checkpoint (``.pth``) or of a plain state dict, on the CPU.
+def read_checkpoint(
+    path: str | os.PathLike[str], caller: str = "read_checkpoint"
+) -> dict[str, Any]:
+    """Everything plain in a checkpoint of `torch.save`: tensors on the CPU, numbers, text,
+    containers. Objects, RecBole's configuration among them, come back as empty ones.
 
     Raises:
-        CheckpointError: the file is missing, torn, holds no state dict, or is no zip archive (older
-            than torch 1.6).
+        CheckpointError: the file is missing, torn, holds no dict, or is no zip archive (older than
+            torch 1.6).
     """
     try:
         with zipfile.ZipFile(path) as archive:
             content = _ListedUnpickler(archive).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"published_state_dict: cannot read {path}: {reason}") from None
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+        raise CheckpointError(f"{caller}: cannot read {path}: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{caller}: {path} must hold a state dict, got {type(content).__name__}"
+        )
+    return content
+
+
+def published_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights of a RecBole checkpoint (``.pth``) or of a plain state dict, on the CPU.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or the file holds no state dict.
+    """
+    content = read_checkpoint(path, "published_state_dict")
+    weights = content.get("state_dict", content)
     if (
         not isinstance(weights, dict)
         or not weights

@@ -1,14 +1,20 @@
 """RecGRELA as a RecBole 1.2.1 sequential model.
 
-    config = Config(model=RecGRELA, dataset="ml-100k", config_dict={"mode": "causal", ...})
+    config = Config(model=RecGRELA, dataset="ml-100k", config_file_list=["RecGRELA.yaml"])
+    train, valid, test = data_preparation(config, create_dataset(config))
+    trainer = SafeTrainer(config, RecGRELA(config, train.dataset).to(config["device"]))
+    trainer.fit(train, valid)
+    trainer.evaluate(test)
 
 Keys of the published YAML: ``hidden_size``, ``num_heads``, ``num_layers``, ``dropout_prob``,
 ``drop_path``, ``loss_type`` (CE or BPR; CE needs ``train_neg_sample_args: ~``). ``mode: causal`` is
 this project's variant and the default, ``mode: paper`` the published bidirectional model. RecBole
 pads on the right and feeds one prefix per row: the last real position is trained and read.
 
-RecBole's trainer unpickles its own checkpoints and needs TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for
-that; ``integrations.published`` reads them without running anything they hold.
+RecBole 1.2.1 runs under "numpy<2" "pandas<3" "setuptools<81", which the extra ``recbole`` pins. Its
+own trainer unpickles whole objects from its checkpoints, which torch refuses since 2.6 unless
+TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 is set. `SafeTrainer` reads the same files without running
+anything they hold, and needs no such setting.
 """
 
 from __future__ import annotations
@@ -19,10 +25,12 @@ from typing import Any
 import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.model.loss import BPRLoss
+from recbole.trainer import Trainer
 from torch import Tensor
 
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
+from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
 
 _KEYS = {"dropout_prob": "dropout"}
 _KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}
@@ -87,3 +95,31 @@ class RecGRELA(SequentialRecommender):
 
     def _dot(self, hidden: Tensor, items: Tensor) -> Tensor:
         return (hidden * self.model.item_embedding(items)).sum(dim=-1)
+
+
+class SafeTrainer(Trainer):
+    """RecBole's trainer, for any of its models, reading checkpoints through an allow-list."""
+
+    def evaluate(
+        self,
+        eval_data: Any,
+        load_best_model: bool = True,
+        model_file: Any = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """As RecBole's; CheckpointError when the file of the best model cannot be read."""
+        if load_best_model and eval_data:
+            path = model_file or self.saved_model_file
+            self.model.load_state_dict(published_state_dict(path))
+            self.model.load_other_parameter(read_checkpoint(path).get("other_parameter"))
+        return super().evaluate(eval_data, False, None, show_progress)
+
+    def resume_checkpoint(self, resume_file: Any) -> None:
+        """As RecBole's; CheckpointError when the file cannot be read."""
+        saved = read_checkpoint(resume_file)
+        self.saved_model_file = str(resume_file)
+        self.start_epoch, self.cur_step = saved["epoch"] + 1, saved["cur_step"]
+        self.best_valid_score = saved["best_valid_score"]
+        self.model.load_state_dict(saved["state_dict"])
+        self.model.load_other_parameter(saved.get("other_parameter"))
+        self.optimizer.load_state_dict(saved["optimizer"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .grela_block import GRELABlock, sequence_of_rows
 from .packing import PackedCache
+from .rank_modulator import AdaptiveRankModulator
 from .rela import State
 
 
@@ -42,6 +43,16 @@ class GRELAEncoder(nn.Module):
         eps = block.get("layer_norm_eps", 1e-6)
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps) if final_norm else None
         self._packed = PackedCache()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Start anew, as `RecGRELA` does: N(0, std) for Linear weights, zero biases, the short
+        convolution uniform in ±1/sqrt(W), norms that scale by one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, AdaptiveRankModulator)):
+                module.reset_parameters()
 
     def forward(
         self,

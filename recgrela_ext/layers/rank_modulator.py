@@ -64,8 +64,14 @@ class AdaptiveRankModulator(nn.Module):
         if rank_augmentation:
             self.conv_weight = nn.Parameter(torch.empty(hidden_size, conv_width))
             self.conv_bias = nn.Parameter(torch.zeros(hidden_size))
-            bound = conv_width**-0.5  # the published code's default for a depthwise convolution
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The short convolution's start, the published code's default; `gate_proj` has its own."""
+        if self.conv_weight is not None and self.conv_bias is not None:
+            bound = self.conv_width**-0.5
             nn.init.uniform_(self.conv_weight, -bound, bound)
+            nn.init.zeros_(self.conv_bias)
 
     @property
     def fused(self) -> bool:

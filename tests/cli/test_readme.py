@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -41,6 +43,20 @@ def test_commands_are_understood() -> None:
     assert len(commands) > 4
     for command in commands:
         build_parser().parse_args(command.split())
+
+
+def test_adapters_that_are_shown_exist() -> None:
+    shown = []
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and "integrations" in str(node.module):
+                path = ROOT / (str(node.module).replace(".", "/") + ".py")
+                body = ast.parse(path.read_text(encoding="utf-8")).body
+                defined = {getattr(one, "name", None) for one in body}
+                defined |= {one.target.id for one in body if isinstance(one, ast.AnnAssign)}
+                shown += [name.name for name in node.names]
+                assert defined >= {name.name for name in node.names}, node.module
+    assert len(shown) > 10
 
 
 def test_linked_files_exist() -> None:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from recgrela_ext.errors import CheckpointError
-from recgrela_ext.integrations.published import published_state_dict
+from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
 
 WEIGHTS = {"item_embedding.weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(2)}
 
@@ -118,3 +119,21 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
             published_state_dict(path)
         assert "\n" not in str(caught.value)
         assert path.name in str(caught.value)
+
+
+def test_everything_plain_is_read(tmp_path: Path) -> None:
+    content = {
+        "epoch": 3,
+        "score": np.float64(0.25),
+        "flag": np.bool_(True),
+        "count": np.int64(-7),
+        "config": Settings(),
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    torch.save(content, tmp_path / "model.pth", pickle_protocol=4)
+    found = read_checkpoint(tmp_path / "model.pth")
+    assert (found["epoch"], found["score"], found["flag"], found["count"]) == (3, 0.25, True, -7)
+    assert found["optimizer"] == content["optimizer"]
+    assert not isinstance(found["config"], Settings)
+    torch.save({"what": np.array([object()])}, tmp_path / "array.pth")
+    assert not isinstance(read_checkpoint(tmp_path / "array.pth")["what"], np.ndarray)

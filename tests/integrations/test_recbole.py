@@ -1,10 +1,8 @@
-"""RecBole 1.2.1 trains and evaluates the adapter; it needs an environment of its own:
-
-pip install torch, then "numpy<2" "setuptools<81" "pandas<3" recbole==1.2.1
-"""
+"""RecBole 1.2.1 trains and evaluates the adapter, in an environment of its own."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,9 @@ import torch
 
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.evaluation import evaluate
-from recgrela_ext.integrations.published import published_state_dict
+from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
 
-pytest.importorskip(
-    "recbole", reason="RecBole is not installed (it needs an environment of its own)"
-)
+pytest.importorskip("recbole", reason="RecBole is not installed (`make test-integrations`)")
 
 MODES = ("causal", "paper")
 
@@ -41,15 +37,14 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recbole_run(log_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)  # RecBole writes log folders where it stands
     monkeypatch.setattr("sys.argv", ["recbole"])
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
 
     def prepare(**changes: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
         from recbole.config import Config
         from recbole.data import create_dataset, data_preparation
-        from recbole.trainer import Trainer
         from recbole.utils import init_seed
 
-        from recgrela_ext.integrations.recbole import RecGRELA
+        from recgrela_ext.integrations.recbole import RecGRELA, SafeTrainer
 
         settings = {
             "data_path": str(log_folder),
@@ -80,7 +75,7 @@ def recbole_run(log_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         init_seed(config["seed"], config["reproducibility"])
         data = data_preparation(config, create_dataset(config))
         model = RecGRELA(config, data[0].dataset)
-        return Trainer(config, model), model, data
+        return SafeTrainer(config, model), model, data
 
     return prepare
 
@@ -106,6 +101,54 @@ def test_recbole_trains_and_its_metrics_are_ours(recbole_run: Any, mode: str) ->
 
     weights = published_state_dict(trainer.saved_model_file)
     assert all(name.startswith("model.") for name in weights)
+
+
+def test_training_goes_on_from_a_checkpoint(recbole_run: Any) -> None:
+    """SafeTrainer reads what RecBole wrote, which torch.load refuses by default."""
+    first, _, (train, valid, _) = recbole_run(epochs=2)
+    first.fit(train, valid, verbose=False, show_progress=False)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(first.saved_model_file)
+    second, model, (train, valid, test) = recbole_run(epochs=5)
+    second.resume_checkpoint(first.saved_model_file)
+    saved = read_checkpoint(first.saved_model_file)
+    assert second.start_epoch == saved["epoch"] + 1
+    assert isinstance(saved["best_valid_score"], float)
+    assert second.best_valid_score == first.best_valid_score
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved["state_dict"][name])
+    moments = second.optimizer.state_dict()["state"]
+    assert torch.equal(moments[0]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"])
+    second.fit(train, valid, verbose=False, show_progress=False)
+    assert sorted(second.train_loss_dict) == list(range(second.start_epoch, 5))
+
+    fresh, _, (_, _, test) = recbole_run()
+    told = [
+        trainer.evaluate(test, model_file=second.saved_model_file) for trainer in (fresh, second)
+    ]
+    assert told[0] == told[1]
+
+
+def test_published_yaml_keys(log_folder: Path, tmp_path: Path, recbole_run: Any) -> None:
+    from recbole.config import Config
+    from recbole.data import create_dataset, data_preparation
+
+    from recgrela_ext import RecGRELAConfig
+    from recgrela_ext.integrations.recbole import RecGRELA
+
+    path = tmp_path / "RecGRELA.yaml"
+    keys = ["hidden_size: 32", "num_heads: 2", "num_layers: 3", "dropout_prob: 0.2",
+            "drop_path: 0.3", "loss_type: 'CE'", "MAX_ITEM_LIST_LENGTH: 40",
+            "train_neg_sample_args: ~", "USER_ID_FIELD: user_id", "ITEM_ID_FIELD: item_id",
+            "load_col:", "    inter: [user_id, item_id, timestamp]"]  # fmt: skip
+    path.write_text("\n".join(keys), encoding="utf-8")
+    for mode, make in (("causal", RecGRELAConfig), ("paper", RecGRELAConfig.paper)):
+        given = {"data_path": str(log_folder), "mode": mode, "use_gpu": False}
+        config = Config(RecGRELA, "walks", config_file_list=[str(path)], config_dict=given)
+        dataset = data_preparation(config, create_dataset(config))[0].dataset
+        expected = make(n_items=dataset.item_num, hidden_size=32, num_heads=2, num_layers=3,
+                        dropout=0.2, drop_path=0.3, max_seq_len=40)  # fmt: skip
+        assert RecGRELA(config, dataset).model.config == expected
 
 
 def test_bpr_trains(recbole_run: Any) -> None:

@@ -242,3 +242,20 @@ def test_frequencies_follow_the_device_and_survive_meta() -> None:
     assert module.layers[0].attention.inv_freq.device.type == "meta"
     module.to_empty(device="cpu")
     assert torch.equal(module.layers[0].attention.inv_freq, ops.inv_freq(2, 8))
+
+
+def test_parameters_start_anew() -> None:
+    module = encoder()
+    fresh = GRELAEncoder(WIDTH, 2, 2)
+    module.reset_parameters(std=0.5)
+    for (name, x), (_, plain) in zip(
+        module.named_parameters(), fresh.named_parameters(), strict=True
+    ):
+        if name.endswith("conv_weight"):
+            assert x.abs().max() <= 0.5
+            assert x.std() > 0.2
+        elif name.endswith("bias") or "norm" in name:
+            assert torch.equal(x, torch.full_like(x, float("norm" in name and "weight" in name)))
+        else:
+            assert plain.shape == x.shape
+            assert 0.4 < x.std() < 0.6

@@ -1,0 +1,116 @@
+"""RecGRELA on the Hugging Face Hub, through `PyTorchModelHubMixin` (huggingface_hub 1.0 or newer).
+
+    model = RecGRELA.from_model(trained)
+    model.push_to_hub("me/my-model", model_card_kwargs={"result": evaluate(trained, test)})
+    model = RecGRELA.from_pretrained("me/my-model")      # also a folder
+    model.recommend(item_seq, k=10)
+
+The files are those of `recgrela_ext.RecGRELA.save_pretrained` (config, weights, id map; no pickle)
+and a model card that states mode, data and protocol; either class reads what the other wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+
+from recgrela_ext import RecGRELA as Model
+from recgrela_ext.model import persistence
+
+_TAGS = (
+    "recommender-system",
+    "sequential-recommendation",
+    "arxiv:2506.13315",
+    "model_hub_mixin",
+    "pytorch_model_hub_mixin",
+)
+_MODES = {
+    "causal": "This is recgrela_ext's causal variant, which the paper does not describe; no "
+    "published figure belongs to it. It keeps a small fixed state per user and follows events one "
+    "at a time.",
+    "published": "This is the published bidirectional model: padding takes part in the attention, "
+    "and there is no state per user.",
+    "bidirectional": "This is a bidirectional model that does not see padding; it is not the "
+    "published one, and there is no state per user.",
+}
+
+
+class RecGRELA(PyTorchModelHubMixin, Model):
+    """`recgrela_ext.RecGRELA` with the mixin's `save_pretrained`, `push_to_hub`, `from_pretrained`.
+
+    `from_pretrained` raises CheckpointError for files that are torn, mixed or of another model.
+    """
+
+    @classmethod
+    def from_model(cls, model: Model) -> RecGRELA:
+        """A copy of `model` with its id map, in evaluation mode."""
+        table = model.item_embedding.weight
+        copy = cls(model.config).to(device=table.device, dtype=table.dtype)
+        copy.load_state_dict(model.state_dict())
+        copy.id_map = model.id_map
+        return copy.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        persistence.save_pretrained(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: Any = None,
+        device: torch.device | str | None = None,
+        **where: Any,
+    ) -> RecGRELA:
+        folder = model_id
+        if not os.path.isdir(model_id):
+            names = [persistence.CONFIG_FILE, persistence.WEIGHTS_FILE]
+            if isinstance(config, dict) and isinstance(config.get("id_map_file"), str):
+                names.append(config["id_map_file"])
+            folder = snapshot_download(model_id, allow_patterns=names, **where)
+        found = persistence.from_pretrained(cls, folder, device)
+        assert isinstance(found, RecGRELA)
+        return found
+
+    def generate_model_card(
+        self,
+        *,
+        result: dict[str, Any] | None = None,
+        data: str | None = None,
+        protocol: str | None = None,
+        license: str | None = None,
+    ) -> ModelCard:
+        """The README.md beside the weights.
+
+        Args:
+            result: of `evaluate`, or of the file `recgrela evaluate --json` wrote.
+            data: what the model was trained on, and its terms; by default what `result` names.
+            protocol: how it was evaluated, beside what `result` tells.
+            license: an identifier of the Hub, for the header.
+        """
+        header = ["library_name: recgrela_ext", "tags:", *(f"- {tag}" for tag in _TAGS)]
+        header += [f"license: {license}"] if license else []
+        if result is not None:
+            data = data or f"{result['data']}, order `{result['order']}`"
+            told = (
+                f"{result['split']} split, {result['targets']:,} targets, sha256 "
+                f"`{result['target_sha256']}`. Every item is ranked; the rank is 1 + the number of "
+                "other items with a score at least the target's."
+            )
+            protocol = f"{told} {protocol or ''}".strip()
+        mode, config = self.variant.split()[0], self.config
+        body = ["# RecGRELA", "", f"Variant: `{self.variant}`. {_MODES[mode]}", "",
+                f"- Data: {data or 'not stated'}", f"- Protocol: {protocol or 'not stated'}",
+                f"- Items: {config.num_items:,}; id map {'included' if self.id_map else 'absent'}",
+                f"- Sizes: hidden {config.hidden_size}, {config.num_layers} layers, "
+                f"{config.num_heads} heads, window {config.max_seq_len}"]  # fmt: skip
+        if result is not None:
+            body += ["", "| metric | value |", "|---|---|"]
+            body += [f"| {name} | {value:.4f} |" for name, value in result["mean"].items()]
+        body += ["", "```python", "from recgrela_ext.integrations.hub import RecGRELA", "",
+                 'model = RecGRELA.from_pretrained("this repository")', "```", ""]  # fmt: skip
+        return ModelCard("\n".join(["---", *header, "---", "", *body]))

@@ -1,0 +1,196 @@
+"""RecGRELA behind a TorchRec EmbeddingCollection: jagged histories, a table cut over processes.
+
+    model = RecGRELA(RecGRELAConfig(num_items=10_000_000))
+    model, optimizer = shard_by_rows(model, table_lr=0.05, lr=1e-3)     # several processes
+    loss, hidden = model(jagged_batch(item_seqs, targets, negatives))
+    loss.backward(); optimizer.step()                  # the table's step was in the backward
+    save_checkpoint("runs/step-1000", model, optimizer)    # for any number of processes
+    gather(model).save_pretrained("runs/whole")        # on process 0
+
+A batch is one KeyedJaggedTensor: "item" and "target", equally long, and "negative", sampled items
+of each user. One table answers all three. The encoder takes the histories packed, as they come. The
+loss is a softmax over the target and its user's negatives, and a mean over all processes' targets.
+
+Tried with torchrec and fbgemm-gpu-cpu 1.8.0 on torch 2.13; 1.7.0 and 1.9.x do not load there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ShardingPlan
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from recgrela_ext import GRELAEncoder, RecGRELAConfig
+from recgrela_ext import RecGRELA as WholeModel
+from recgrela_ext.layers.grela_block import sequence_of_rows
+
+KEYS = ["item", "target", "negative"]
+
+
+class RecGRELA(nn.Module):
+    """The causal model without scores of all items; but for the table, weights keep their names.
+
+    Args:
+        config: as there; causal, without position embeddings. Row `padding_idx` is never read.
+
+    Raises:
+        ValueError: the configuration is bidirectional or has position embeddings.
+    """
+
+    def __init__(self, config: RecGRELAConfig) -> None:
+        super().__init__()
+        if not config.causal or config.position != "none":
+            raise ValueError(
+                f"RecGRELA: config must be causal with position='none', got {config.variant!r}"
+            )
+        self.config = config
+        width, std = config.hidden_size, config.initializer_range
+        table = EmbeddingConfig(
+            name="item_embedding",
+            embedding_dim=width,
+            num_embeddings=config.rows,
+            feature_names=KEYS,
+            init_fn=lambda x: nn.init.normal_(x, std=std),
+        )
+        self.tables = EmbeddingCollection(tables=[table])
+        self.dropout = nn.Dropout(config.dropout)
+        self.input_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.encoder = GRELAEncoder(
+            width, config.num_layers, config.num_heads,
+            final_norm=config.final_norm, **config.block_options(),
+        )  # fmt: skip
+        self.encoder.reset_parameters(std)
+
+    def forward(self, batch: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """Loss (its mean over the processes is the mean over all targets) and hidden states [T, D].
+
+        Args:
+            batch: keys "item" and "target" [T] each, "negative" [B * K].
+        """
+        rows = self.tables(batch)
+        bounds = rows["item"].offsets()
+        x = self.input_norm(self.dropout(rows["item"].values()))
+        hidden = self.encoder(x, cu_seqlens=bounds)
+        positive = (hidden * rows["target"].values()).sum(-1, keepdim=True)  # [T, 1]
+        logits = torch.cat((positive, self._negative(batch, rows, hidden, bounds)), 1)
+        first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        count = torch.tensor(float(len(logits)), dtype=torch.float64, device=logits.device)
+        processes = 1
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            processes = dist.get_world_size()
+        share = (processes / count.clamp(min=1)).to(logits.dtype)
+        return F.cross_entropy(logits, first, reduction="sum") * share, hidden
+
+    def _negative(self, batch: Any, rows: Any, hidden: Tensor, bounds: Tensor) -> Tensor:
+        """Logits [T, K] of the user's sampled items; -inf where one is the target itself."""
+        num = len(bounds) - 1
+        user = sequence_of_rows(bounds, len(hidden))
+        place = torch.arange(len(hidden), device=hidden.device) - bounds[user]
+        padded = hidden.new_zeros(num, int(bounds.diff().max()), hidden.shape[1])
+        padded[user, place] = hidden
+        sampled = rows["negative"].values().view(num, -1, hidden.shape[1])  # [B, K, D]
+        logits = torch.bmm(padded, sampled.mT)[user, place]
+        same = batch["negative"].values().view(num, -1)[user] == batch["target"].values()[:, None]
+        return logits.masked_fill(same, -torch.inf)
+
+
+def jagged_batch(
+    item_seqs: Sequence[Tensor], targets: Sequence[Tensor], negatives: Tensor
+) -> KeyedJaggedTensor:
+    """One batch from B users' items and next items [L_b] each and negatives [B, K].
+
+    Raises:
+        ValueError: there is no user, or the numbers of users, or of items and targets, differ.
+    """
+    if not item_seqs:
+        raise ValueError("jagged_batch: item_seqs must hold at least one user, got none")
+    lengths = torch.tensor([len(items) for items in item_seqs])
+    wanted = torch.tensor([len(items) for items in targets])
+    if len(negatives) != len(lengths) or not torch.equal(lengths, wanted):
+        raise ValueError(
+            "jagged_batch: targets and negatives must fit item_seqs of lengths "
+            f"{lengths.tolist()}, got lengths {wanted.tolist()} and {len(negatives)} users"
+        )
+    values = torch.cat((*item_seqs, *targets, negatives.flatten()))
+    sampled = torch.full_like(lengths, negatives.shape[1])
+    return KeyedJaggedTensor.from_lengths_sync(KEYS, values, torch.cat((lengths, wanted, sampled)))
+
+
+def shard_by_rows(
+    model: RecGRELA, table_lr: float, lr: float, device: torch.device | str = "cpu"
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The table cut by rows with row-wise Adagrad in its backward; the rest in DDP with AdamW."""
+    _apply_optimizer_in_backward(RowWiseAdagrad, model.tables.parameters(), {"lr": table_lr})
+    sharder: Any = EmbeddingCollectionSharder()
+    device = torch.device(device)
+    plan = construct_module_sharding_plan(
+        model.tables, {"item_embedding": row_wise()}, sharder, device_type=device.type
+    )
+    sharded = DistributedModelParallel(
+        model, device=device, plan=ShardingPlan({"tables": plan}), sharders=[sharder]
+    )
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(sharded.named_parameters())),
+        lambda parameters: _with_state(torch.optim.AdamW(parameters, lr=0.0), lr),
+    )
+    return sharded, CombinedOptimizer([("table", sharded.fused_optimizer), ("dense", dense)])
+
+
+def _with_state(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
+    """TorchRec loads a state into tensors that exist, so they are made here, by a step of 0."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        group["lr"] = lr
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def save_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> None:
+    """Every process writes its rows and its part of the optimiser's state."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save(state, checkpoint_id=folder)
+
+
+def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> None:
+    """Load what another number of processes may have saved."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def gather(model: DistributedModelParallel) -> WholeModel | None:
+    """The whole model on process 0, to evaluate, save or serve it; None on the others."""
+    weights = dict(model.state_dict())
+    table = weights.pop("tables.embeddings.item_embedding.weight")
+    first = dist.get_rank() == 0
+    whole = torch.empty(table.size()) if first else None
+    table.gather(0, whole)
+    if not first:
+        return None
+    config = next(m.config for m in model.modules() if isinstance(m, RecGRELA))
+    plain = WholeModel(config)
+    plain.load_state_dict({**weights, "item_embedding.weight": whole})
+    return plain.eval()
