@@ -5,6 +5,7 @@ the compiled kernels where there are any and the reference elsewhere.
 """
 
 from . import reference
+from .activation_dropout import activation_dropout
 from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encoder
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
@@ -14,6 +15,7 @@ from .rela import rela
 __all__ = [
     "EncoderLayer",
     "PackedEncoder",
+    "activation_dropout",
     "encoder_step",
     "gated_rela",
     "gated_rela_step",
