@@ -38,8 +38,7 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "Tensor? active, int num_layers, int mlp_width, int conv_width, bool gate, bool final_norm, "
       "float eps, float layer_norm_eps) -> Tensor");
 
-  m.def(
-      "activation_dropout(Tensor x, Tensor? residual, bool gelu, float p, int seed) -> Tensor");
+  m.def("activation_dropout(Tensor x, Tensor? residual, bool gelu, float p, int seed) -> Tensor");
   m.def(
       "activation_dropout_backward(Tensor grad, Tensor? x, bool gelu, float p, int seed) "
       "-> Tensor");

@@ -1,4 +1,5 @@
-// GELU(x) = x Phi(x), Phi the normal distribution, and its derivative. Included by every level file.
+// GELU(x) = x Phi(x), Phi the normal distribution, and its derivative. Included by every level
+// file.
 
 // Phi(x) and its derivative exp(-x^2 / 2) / sqrt(2 pi).
 template <class A>

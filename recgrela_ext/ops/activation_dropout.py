@@ -49,7 +49,7 @@ def activation_dropout(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, residual, ctx.gelu, ctx.p, ctx.seed = inputs
+    x, _, ctx.gelu, ctx.p, ctx.seed = inputs
     ctx.save_for_backward(x if ctx.gelu else None)
 
 

@@ -295,8 +295,8 @@ def activation_dropout(
 def dropout_factors(like: Tensor, p: float, seed: int) -> Tensor:
     """0 where element i (row-major) is dropped, else 1 / (1 - p), in the shape of ``like``.
 
-    Blocks of 1024 elements have a 64-bit key from splitmix64 each, its low and high half a and b. Element j of
-    the block is dropped when its word, read as an int32, is below 2^32 p - 2^31 (rounded):
+    Every block of 1024 elements has a 64-bit key from splitmix64, with the low half a and the high
+    half b. Its element j is dropped when its word, read as int32, is below 2^32 p - 2^31 (rounded):
 
         w = a + 0x9e3779b9 j;  w = (w ^ w >> 16) 0x7feb352d;  word = (w ^ w >> 15 ^ b) 0x846ca68b
     """

@@ -51,7 +51,9 @@ def as_exact(what: str, found: Tensor, plain: Tensor, exact: Tensor, backward: b
 @pytest.mark.parametrize("count", [0, 1, 3, 17, 63, 64, 65, 1023, 1025, 5001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
-def test_agrees_with_the_reference(options: dict[str, bool], dtype: torch.dtype, count: int) -> None:
+def test_agrees_with_the_reference(
+    options: dict[str, bool], dtype: torch.dtype, count: int
+) -> None:
     gelu, p, seed = options.get("gelu", False), 0.3, 5
     rows = make_rows(count, dtype, options.get("residual", False))
     exactly = [None if x is None else x.double() for x in rows]
