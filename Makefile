@@ -1,4 +1,4 @@
-# make test | demo [DATA=path/to/ratings] | lint | format | clean
+# make test | demo [DATA=path/to/ratings] | gpu | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -13,7 +13,7 @@ DEV_READY := $(VENV)/stamp-dev
 BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 	$(shell find build_backend csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test ctest demo lint format clean
+.PHONY: test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench
 
 test: $(INSTALLED) ctest
 	$(BIN)/python -m pytest
@@ -27,6 +27,37 @@ ctest: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recgrela_ext.demo $(if $(DATA),--data "$(DATA)")
+
+# All a GPU is needed for, in one command, with the torch of $(PYTHON) and without a network:
+#   make gpu PYTHON=python3          (needs nvcc, setuptools, pybind11, ninja, pytest, hypothesis)
+# The library is built for the GPU at hand, in place. `make -k gpu` goes on after a part that failed.
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+
+gpu-ready:
+	@$(PYTHON) -c 'import importlib.util as u, sys; \
+	sys.exit("make gpu: $(PYTHON) has no torch") if u.find_spec("torch") is None else None; \
+	import torch; \
+	sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
+
+gpu-build: gpu-ready
+	RECGRELA_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c 'import torch; \
+	print("%d.%d" % torch.cuda.get_device_capability())')} $(PYTHON) setup.py build_ext --inplace
+
+gpu-test: gpu-ready
+	RECGRELA_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/gpu
+
+# Exact allocations, so that a byte past a tensor's end is seen.
+SANITIZE := --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/gpu/test_agreement.py -k
+gpu-sanitize: gpu-ready
+	@command -v compute-sanitizer >/dev/null || { echo "make gpu: compute-sanitizer was not found"; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 RECGRELA_REQUIRE_GPU=1 compute-sanitizer --tool memcheck \
+	  $(SANITIZE) "malformed or 16-padded-torch.float32 or ((test_modes or test_steps) and 16-torch.float32)"
+	RECGRELA_REQUIRE_GPU=1 compute-sanitizer --tool racecheck \
+	  $(SANITIZE) "(test_modes or test_steps) and 16-torch.float32"
+
+gpu-bench: gpu-ready
+	$(PYTHON) -m benchmarks cuda
+	$(PYTHON) -m benchmarks readme
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks import readme
+from benchmarks.records import Record
 
 HELP = """Speed and memory of recgrela_ext beside what else there is.
 
@@ -17,6 +21,8 @@ HELP = """Speed and memory of recgrela_ext beside what else there is.
     python -m benchmarks cpu --quick             small shapes, half a minute, writes nothing
     python -m benchmarks cpu --list              the names of the rows
     python -m benchmarks cpu --only operator     the rows whose names begin so
+    python -m benchmarks cuda                    the GPU's rows; writes results/<gpu>.json
+    python -m benchmarks cuda --dry-run          all of them on the CPU: checks the benchmark alone
     python -m benchmarks memory                  peak memory of loading ten million events
     python -m benchmarks readme                  README's tables, from the results files
 
@@ -41,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(required=True, metavar="cpu | memory | readme")
+    commands = whole.add_subparsers(required=True, metavar="cpu | cuda | memory | readme")
     cpu = commands.add_parser("cpu", help="kernels, training step and serving on the processor")
     _row_options(cpu)
     cpu.add_argument(
@@ -51,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the rows on all cores (default: every processor)",
     )
     cpu.set_defaults(run=_cpu)
+    cuda = commands.add_parser("cuda", help="kernels, step, training and inference on a GPU")
+    _row_options(cuda)
+    cuda.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU; says nothing about a GPU"
+    )
+    cuda.set_defaults(run=_cuda)
     memory = commands.add_parser("memory", help="loading and splitting ten million events")
     memory.add_argument("--events", type=int, default=10_000_000)
     memory.add_argument("--out", type=Path, default=readme.RESULTS / "data-memory.json")
@@ -81,42 +93,91 @@ def _row_options(command: argparse.ArgumentParser) -> None:
 
 
 def _cpu(options: argparse.Namespace) -> int:
-    from benchmarks import cpu, machine, probes, runner, store, timing
+    from benchmarks import cpu, machine, probes, timing
     from recgrela_ext import _library
 
-    names = runner.choose(list(cpu.ROWS_BY_NAME), options.only)
-    if options.list:
-        print("\n".join(names))
+    names = _names(list(cpu.ROWS_BY_NAME), options)
+    if not names:
         return 0
     if options.threads < 1:
         raise SystemExit(f"benchmarks: --threads must be at least 1, got {options.threads}")
     if "cpu" not in _library.KERNEL_DEVICES:
-        raise SystemExit(
-            "benchmarks: the compiled operators are absent, there is nothing to measure"
-        )
+        raise SystemExit("benchmarks: the compiled operators are absent: nothing to measure")
     effort = timing.QUICK if options.quick else timing.FULL
     facts = machine.describe()
-    path = options.out
-    if path is None and not options.quick:
-        path = readme.RESULTS / f"cpu-{machine.slug(facts['processor'])}.json"
-    head = {"device": "cpu", "quick": options.quick, "machine": facts, "threads": options.threads}
-    results = store.Results(path, head, options.fresh)
     counts = sorted({1, options.threads})
     nbytes = 12 * 2**20 if options.quick else 6 * max(facts["caches"].values(), default=2**25)
     try:
         found = [probes.cpu_bandwidth(count, effort, nbytes) for count in counts]
     except probes.ProbeError as error:
-        raise SystemExit(
-            f"benchmarks: the memory bandwidth could not be measured: {error}"
-        ) from None
-    results.content["bandwidth"] = found
-    for speed in found:
-        told = ", ".join(f"{name} {speed[name] / 1e9:.1f} GB/s" for name in ("copy", "triad"))
-        print(f"{speed['threads']} thread(s): {told}")
+        raise SystemExit(f"benchmarks: the memory could not be measured: {error}") from None
     speeds = {int(speed["threads"]): speed["best"] for speed in found}
     compile_too = options.compile and not options.quick
     context = cpu.Context(options.quick, compile_too, options.threads, speeds)
+    head = {"device": "cpu", "machine": facts, "threads": options.threads, "bandwidth": found}
     rows = {name: partial(cpu.ROWS_BY_NAME[name], context) for name in names}
+    return _measure(names, rows, head, f"cpu-{machine.slug(facts['processor'])}", options)
+
+
+def _cuda(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        os.environ["RECGRELA_GPU_DRY_RUN"] = "1"  # graphs become plain calls
+    from benchmarks import cuda, machine, probes
+    from recgrela_ext import _library
+
+    names = _names(list(cuda.ROWS_BY_NAME), options)
+    if not names:
+        return 0
+    if options.dry_run:
+        print("dry run on the CPU: it checks the benchmark and says nothing about a GPU")
+        options.quick = True
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        raise SystemExit("benchmarks cuda: torch sees no CUDA device (--dry-run needs none)")
+    elif "cuda" not in _library.KERNEL_DEVICES:
+        raise SystemExit("benchmarks cuda: the library has no CUDA kernels: build with nvcc")
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
+    context = cuda.Context(device, options.quick, options.compile)
+    nbytes = 2**24 if options.quick else 2**32
+    found = probes.device_bandwidth(device, context.clock(), context.effort, nbytes)
+    context = cuda.Context(device, options.quick, options.compile, found["best"])
+    facts = machine.describe(device)
+    head = {"device": "dry run" if options.dry_run else "cuda", "machine": facts}
+    gpu = facts.get("accelerator", "dry-run")
+    rows = {name: partial(cuda.ROWS_BY_NAME[name], context) for name in names}
+    return _measure(names, rows, head | {"bandwidth": [found]}, machine.slug(gpu), options)
+
+
+def _names(names: list[str], options: argparse.Namespace) -> list[str]:
+    """The rows to measure; none, after printing them, with --list."""
+    from benchmarks import runner
+
+    chosen = runner.choose(names, options.only)
+    if options.list:
+        print("\n".join(chosen))
+        return []
+    return chosen
+
+
+def _measure(
+    names: list[str],
+    rows: Mapping[str, Callable[[], list[Record]]],
+    head: dict[str, Any],
+    stem: str,
+    options: argparse.Namespace,
+) -> int:
+    from benchmarks import runner, store
+
+    path = options.out
+    if path is None and not options.quick:
+        path = readme.RESULTS / f"{stem}.json"
+    results = store.Results(path, {**head, "quick": options.quick}, options.fresh)
+    for speed in head["bandwidth"]:
+        figures = (
+            f"{name} {speed[name] / 1e9:.1f} GB/s" for name in ("copy", "triad") if name in speed
+        )
+        threads = f"{speed['threads']} thread(s): " if "threads" in speed else ""
+        print(threads + ", ".join(figures))
     code = runner.run(names, rows, results)
     if path is not None:
         print(f"\n{path} holds {len(results.content['rows'])} rows")

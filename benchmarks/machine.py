@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from recgrela_ext import _library, build_info
 from recgrela_ext.evaluation.result import machine_info
 
+# variables that change what is measured
+_TELLING = ("OMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "RECGRELA_", "TORCH", "CUDA_")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,6 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     info = machine_info(device)
     info.pop("threads")
     info |= {"caches": caches(), "build": build_info()}
+    info["environment"] = {n: v for n, v in os.environ.items() if n.startswith(_TELLING)}
     if device.type == "cuda":
         info |= cuda_facts(device)
     return info
@@ -69,13 +73,23 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured, with "-dirty" when files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit that was measured; with "-dirty-" and a hash where files differ from it.
+
+    Results and the README do not count: measuring writes them.
+    """
+    everything = ["--", ".", ":!benchmarks/results", ":!README.md"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("diff", "HEAD", *everything)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return f"{head}-dirty-{digest}" if changes else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def library_hash() -> str:

@@ -4,6 +4,7 @@ and SASRec.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -52,10 +53,13 @@ class EagerOperator:
 
 class PlainRecGRELA(nn.Module):
     """The model out of torch's own parts, as the published code is: padded rows, nn.Dropout, the
-    eager operator, logits of all positions at once. Weights are a copy of `model`'s.
+    eager operator, logits of all positions at once. Weights are a copy of `model`'s. `real`:
+    rotations in real numbers, for torch.compile, which leaves complex ones alone.
     """
 
-    def __init__(self, model: RecGRELA, length: int, bidirectional: bool = False) -> None:
+    def __init__(
+        self, model: RecGRELA, length: int, bidirectional: bool = False, real: bool = False
+    ) -> None:
         super().__init__()
         config = model.config
         C = config.hidden_size
@@ -63,7 +67,7 @@ class PlainRecGRELA(nn.Module):
         self.table = nn.Embedding(config.rows, C, padding_idx=config.padding_idx)
         self.norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        build = peers.published if bidirectional else peers.causal
+        build = partial(peers.published, real=real) if bidirectional else peers.causal
         layers = model.encoder.layers
         self.blocks = nn.ModuleList(_PlainBlock(config, layer) for layer in layers)
         self.table.load_state_dict(model.item_embedding.state_dict())

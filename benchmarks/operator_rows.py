@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,18 +31,21 @@ class Shape:
 
     def problem(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
         torch.manual_seed(0)
-        return make_problem(self.B, self.L, self.H, self.D, dtype=dtype).on(device)
+        small = make_problem(1, 1, self.H, self.D, dtype=dtype).on(device)
+        shape = (self.B, self.L, self.H, self.D)
+        return small.but(**{n: torch.randn(shape, dtype=dtype, device=device) for n in ROWS})
 
 
-def traffic(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
-    """Bytes the operator cannot avoid: q, k, v, gate in and y out; in the backward also dy in,
-    dq, dk, dv, dgate out. Saved states are counted where sequences are longer than a chunk.
+def traffic(shape: Shape, dtype: torch.dtype, what: str) -> int:
+    """Bytes the operator cannot avoid: q, k, v, gate in and y out; in the backward q, k, v, gate,
+    dy in, dq, dk, dv, dgate out. Saved states are counted where sequences are longer than a chunk:
+    written by a forward that has a backward, read by that.
     """
     numbers = shape.B * shape.L * shape.H * shape.D
     states = 4 * numbers * (shape.D + 1) // CHUNK if shape.L > CHUNK else 0
-    if not backward:
-        return 5 * numbers * dtype.itemsize
-    return 14 * numbers * dtype.itemsize + 2 * states
+    rows = {"forward": 5, "backward": 9, "forward + backward": 14}[what]
+    passes = {"forward": 0, "backward": 1, "forward + backward": 2}[what]
+    return rows * numbers * dtype.itemsize + passes * states
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Setting:
     device: torch.device
     threads: int | None
     bandwidth: float | None
+    backward_alone: bool = False  # a third record, of ours
 
 
 def measure(
@@ -74,19 +79,33 @@ def measure(
     for name, peer in peers.items():
         try:
             operator = peer.build(problem)
-            check_peer(problem, operator, peer.computes)
+            check_peer(problem, operator, peer.computes, peer.error)
             operators[name] = operator
         except (Missing, WrongResult) as error:
             missing[name] = str(error)
         except Exception as error:  # a peer's compiler or kernel may fail in any way
-            missing[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            missing[name] = failure(error)
+        forget(setting.device)
+    kinds = {"forward": _forward}
+    if backward:
+        kinds["forward + backward"] = _both
+    if backward and setting.backward_alone:
+        kinds["backward"] = _alone
     records = []
-    for what, work in (("forward", _forward), ("forward + backward", _both)):
-        if what == "forward" or backward:
-            records.append(_record(row, what, shape, dtype, setting, peers))
+    for what, work in kinds.items():
+        records.append(_record(row, what, shape, dtype, setting, peers))
+        if what != "backward":
             records[-1].missing = dict(missing)
-            _time(records[-1], work(problem, operators), setting)
+        _time(records[-1], work(problem, operators), setting)
+        forget(setting.device)
     return records
+
+
+def forget(device: torch.device) -> None:
+    """Gives memory back between measurements: peers may need most of a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _record(
@@ -105,7 +124,7 @@ def _record(
         str(dtype).removeprefix("torch."),
         setting.threads,
         setting.clock.name,
-        bytes=traffic(shape, dtype, what != "forward"),
+        bytes=traffic(shape, dtype, what),
         bandwidth=setting.bandwidth,
         labels={name: peer.label for name, peer in peers.items()},
     )
@@ -120,9 +139,17 @@ def _time(record: Record, works: dict[str, Work], setting: Setting) -> None:
             if name == "ours":
                 raise
             del works[name]
-            text = str(error).splitlines()[0][:120] if str(error) else ""
-            record.missing[name] = f"failed: {type(error).__name__}: {text}"
+            record.missing[name] = failure(error)
+        forget(setting.device)
     record.times = interleave(works, setting.clock, setting.effort)
+
+
+def failure(error: Exception) -> str:
+    """What a cell says of a peer that broke: one short line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = str(error).splitlines()[0][:100] if str(error) else ""
+    return f"failed: {type(error).__name__}: {text}"
 
 
 def _forward(problem: Problem, operators: Mapping[str, Operator]) -> dict[str, Work]:
@@ -147,3 +174,12 @@ def _both(problem: Problem, operators: Mapping[str, Operator]) -> dict[str, Work
         return lambda: torch.autograd.grad(operator(*arguments), arguments, given)
 
     return {name: work(operator) for name, operator in operators.items()}
+
+
+def _alone(problem: Problem, operators: Mapping[str, Operator]) -> dict[str, Work]:
+    """The backward of ours, again and again on one forward."""
+    leaf = problem.requiring_grad()
+    arguments = [getattr(leaf, name) for name in (*ROWS, *PARAMETERS)]
+    given = torch.randn_like(problem.q)
+    out = operators["ours"](*arguments)
+    return {"ours": lambda: torch.autograd.grad(out, arguments, given, retain_graph=True)}

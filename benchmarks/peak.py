@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 from benchmarks.operator_rows import Shape
 
-PEERS = ("ours", "causal", "published", "sdpa")
+PEERS = ("ours", "causal", "reference", "published", "sdpa")
 
 
 def operator_peak(name: str, shape: Shape, threads: int) -> int:
@@ -30,7 +30,7 @@ def operator_peak(name: str, shape: Shape, threads: int) -> int:
 def main() -> None:
     import torch
 
-    from benchmarks.peers import CPU_PEERS, ours
+    from benchmarks.peers import CPU_PEERS, Operator, ours
     from tests.ops.problems import PARAMETERS, ROWS
 
     name, *numbers = sys.argv[1:]
@@ -38,10 +38,10 @@ def main() -> None:
     torch.set_num_threads(threads)
     build = ours if name == "ours" else CPU_PEERS[name].build
 
-    def arguments(shape: Shape) -> list[torch.Tensor]:
+    def arguments(shape: Shape) -> tuple[Operator, list[torch.Tensor], torch.Tensor]:
         problem = shape.problem(torch.float32).requiring_grad()
         found = [getattr(problem, n) for n in (*ROWS, *PARAMETERS)]
-        return [build(problem), found, torch.randn_like(problem.q)]  # type: ignore[list-item]
+        return build(problem), found, torch.randn_like(problem.q)
 
     operator, warm, given = arguments(Shape(2, min(L, 70), H, D))
     torch.autograd.grad(operator(*warm), warm, given)  # libraries and threads are no part of it
@@ -49,8 +49,9 @@ def main() -> None:
     before = _status("VmRSS")
     _forget_peak()
     grads = torch.autograd.grad(operator(*inputs), inputs, given)
+    extra = _status("VmHWM") - before
     assert all(bool(g.isfinite().all()) for g in grads)
-    print(_status("VmHWM") - before)
+    print(extra)
 
 
 def _status(field: str) -> int:

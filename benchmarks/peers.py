@@ -9,7 +9,6 @@ surroundings, feature map, rotation, convolution and gate, are the same for all 
     reference   ours, as the specification states it: what runs without the compiled library
     sdpa        causal softmax attention instead, with the convolution and the gate
     idiap       the causal product of idiap/fast-transformers, with our surroundings
-    fla         the fused chunk kernel of flash-linear-attention, with our surroundings (GPU)
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch import Tensor
 from recgrela_ext import ops
 from tests.ops.problems import Problem
 
+Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]  # (v, weight, bias) -> SiLU(conv(v))
 Operator = Callable[..., Tensor]  # (q, k, v, gate, conv_weight, conv_bias) -> [B, L, H, D]
 EPS = 1e-6
 
@@ -43,6 +43,7 @@ class Peer:
     label: str
     build: Callable[[Problem], Operator]
     computes: str | None
+    error: float | None = None  # allowed, of the largest result; by default what its dtype needs
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def published(problem: Problem, real: bool = False) -> Operator:
     return operator
 
 
-def causal(problem: Problem, chunk: int = 64) -> Operator:
+def causal(problem: Problem, convolve: Convolve = augment, chunk: int = 64) -> Operator:
     """Chunk by chunk: scores inside, a running state for what came before."""
     rotate = real_rotation(problem, problem.q.dtype)
     L = problem.q.shape[1]
@@ -128,7 +129,7 @@ def causal(problem: Problem, chunk: int = 64) -> Operator:
             added = rk.transpose(-2, -1) @ u
             state = added if state is None else state + added
         out = torch.cat(parts, 2).transpose(1, 2) / den
-        return (out + augment(v, w, b)) * F.silu(gate)
+        return (out + convolve(v, w, b)) * F.silu(gate)
 
     return operator
 
@@ -146,15 +147,15 @@ def sdpa(problem: Problem) -> Operator:
     """softmax(q k^T) v; no feature map and no rotation, which softmax models do without."""
 
     def operator(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        rows = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
+        q, k, u = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, u, is_causal=True).transpose(1, 2)
         return (out + augment(v, w, b)) * F.silu(gate)
 
     return operator
 
 
 def idiap(problem: Problem) -> Operator:
-    product = _import("fast_transformers.causal_product").causal_dot_product
+    product = import_peer("fast_transformers.causal_product").causal_dot_product
     if problem.q.dtype != torch.float32:
         raise Missing("float32 alone")
     rotate = real_rotation(problem, problem.q.dtype)
@@ -191,7 +192,8 @@ def compiled(build: Callable[[Problem], Operator]) -> Callable[[Problem], Operat
     return make
 
 
-def _import(name: str) -> Any:
+def import_peer(name: str) -> Any:
+    """A module of another package; Missing where it is not installed or does not load."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -202,9 +204,7 @@ def _import(name: str) -> Any:
 
 CPU_PEERS = {
     "published": Peer("published", published, "bidirectional"),
-    "published, compiled": Peer(
-        "published, compiled", compiled(lambda p: published(p, real=True)), "bidirectional"
-    ),
+    "published, compiled": Peer("published, compiled", compiled(published), "bidirectional"),
     "causal": Peer("causal eager", causal, "causal"),
     "reference": Peer("reference", reference, "causal"),
     "sdpa": Peer("SDPA", sdpa, None),

@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.timing import Clock, CpuClock, Effort, Timing, interleave
+from benchmarks.timing import Clock, CpuClock, Effort, interleave
 
-FMA_ROUNDS = 200_000
-FMA_OPERATIONS = FMA_ROUNDS * 12 * 8 * 2
+FMA_ROUNDS = 5_000_000  # some 10 ms: starting a thread must not count
 _SOURCE = Path(__file__).with_name("probes.c")
 
 
@@ -56,14 +55,14 @@ class CpuProbe:
     def __init__(self, threads: int, triad_bytes: int) -> None:
         self.threads = threads
         self._library = _library()
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(max(1, threads - 1))  # the caller's is the first thread
         self._size = triad_bytes // 12 // threads
         self.triad_bytes = 12 * self._size * threads
         shape = (3, threads, self._size)
         self._rows = np.ones(shape, np.float32)
 
     def fma(self) -> None:
-        """FMA_OPERATIONS operations in every thread."""
+        """FMA_ROUNDS rounds of 12 vectors in every thread."""
         self._run(lambda i: self._library.fma_loop(FMA_ROUNDS))
 
     def triad(self) -> None:
@@ -73,10 +72,10 @@ class CpuProbe:
         )
 
     def _run(self, work: Callable[[int], object]) -> None:
-        if self.threads == 1:
-            work(0)
-        else:
-            list(self._pool.map(work, range(self.threads)))
+        others = [self._pool.submit(work, i) for i in range(1, self.threads)]
+        work(0)
+        for other in others:
+            other.result()
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -107,7 +106,10 @@ def cpu_bandwidth(threads: int, effort: Effort, nbytes: int) -> dict[str, float]
     return {"threads": threads, **found, "best": max(found.values())}
 
 
-def cuda_bandwidth(device: torch.device, clock: Clock, effort: Effort, nbytes: int) -> Timing:
-    """Time of a copy that moves `nbytes` in all."""
-    copy, _ = copy_work(nbytes, device)
-    return interleave({"copy": copy}, clock, effort)["copy"]
+def device_bandwidth(
+    device: torch.device, clock: Clock, effort: Effort, nbytes: int
+) -> dict[str, float]:
+    """Bytes a second of torch's copy on `device`, read and written, `nbytes` in all."""
+    copy, copied = copy_work(nbytes, device)
+    speed = copied / interleave({"copy": copy}, clock, effort)["copy"].median
+    return {"copy": speed, "best": speed}

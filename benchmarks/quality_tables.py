@@ -31,9 +31,12 @@ def load_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def section(results: list[tuple[str, dict[str, Any]]]) -> str:
     """Markdown: one table per set of targets, models and baselines as rows."""
-    groups: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, str, str], list[tuple[str, dict[str, Any]]]] = {}
     for name, result in results:
-        key = tuple(str(result[field]) for field in ("data", "order", "split", "target_sha256"))
+        data, order, split, sha256 = (
+            str(result[field]) for field in ("data", "order", "split", "target_sha256")
+        )
+        key = data, order, split, sha256
         groups.setdefault(key, []).append((name, result))
     return "\n\n".join(_group(*key, group) for key, group in groups.items()) or NONE_YET
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.checks import WrongResult
@@ -30,7 +32,7 @@ def choose(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
 def run(
     names: Sequence[str], rows: Mapping[str, Callable[[], list[Record]]], results: Results
 ) -> int:
-    """Measures the named rows that `results` lacks and prints them all; 1 if a result was wrong."""
+    """Measures the named rows that `results` lacks and prints them all; 1 if one has no figures."""
     failed = 0
     bar = tqdm(names, unit="row", disable=not sys.stderr.isatty())
     for name in bar:
@@ -44,9 +46,18 @@ def run(
                         record.targets.clear()  # they are for the full shapes
                 results.add(name, records, time.perf_counter() - start)
             except WrongResult as error:
+                reason = f"WRONG RESULT, no time is told: {error}"
+            except torch.OutOfMemoryError:
+                reason = "left out: more memory than this GPU has"
+            except Exception as error:  # the other rows are worth having all the same
+                traceback.print_exc()
+                reason = f"FAILED: {type(error).__name__}: {error}"
+            else:
+                reason = ""
+            if reason:
                 failed += 1
-                results.add_wrong(name, str(error))
-                bar.write(f"\n[{name}] WRONG RESULT, no time is told: {error}", file=sys.stdout)
+                results.leave_out(name, reason)
+                bar.write(f"\n[{name}] {reason}", file=sys.stdout)
                 continue
         stored = results.content["rows"][name]["records"]
         bar.write(f"\n[{name}]\n" + "\n".join(map(describe, stored)), file=sys.stdout)

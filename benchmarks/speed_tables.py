@@ -46,14 +46,13 @@ def _machine(name: str, content: dict[str, Any]) -> str:
         chosen = [r for r in records if r["op"] == op and r["labels"] and _tabled(r)]
         if chosen:
             parts.append(_table(op, chosen))
-    memory = [r for r in records if r["memory"] and not r["times"]]
+    memory = [r for r in records if r["memory"]]
     if memory:
         parts.append(_memory(memory))
     targets = [t for r in records for t in r["targets"]]
     if targets:
         parts.append(_targets(targets))
-    if content.get("wrong"):
-        parts.append("Left out, because the result was wrong: " + ", ".join(content["wrong"]) + ".")
+    parts += [f"No figures for {row}: {why}" for row, why in content.get("left_out", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -117,16 +116,13 @@ def _peer(record: dict[str, Any], name: str) -> str:
 
 
 def _memory(records: list[dict[str, Any]]) -> str:
-    lines = []
+    labels: dict[str, str] = {}
+    for record in records:
+        labels |= {name: record["labels"].get(name, name) for name in record["memory"]}
+    lines = [_line(["peak extra memory", *labels.values()]), _line(["---"] * (len(labels) + 1))]
     for record in records:
         used = record["memory"]
-        names = {n: record["labels"].get(n, n) for n in used}
-        if not lines:
-            lines = [
-                _line(["peak extra memory", *names.values()]),
-                _line(["---"] * (len(names) + 1)),
-            ]
-        cells = [f"{used[n] / 2**20:,.0f} MiB" for n in names]
+        cells = [f"{used[n] / 2**20:,.0f} MiB" if n in used else "" for n in labels]
         lines.append(_line([_what(record), *cells]))
     return "\n".join(lines)
 

@@ -12,8 +12,9 @@ from benchmarks.records import Record
 
 
 class Results:
-    """`content` is {schema, device, commit, library, date, quick, machine, bandwidth, rows: {name:
-    {commit, library, date, seconds, records: [...]}}}; a row is done when this build measured it.
+    """`content` is {schema, device, commit, library, date, quick, machine, bandwidth, left_out:
+    {name: reason}, rows: {name: {key, date, seconds, records: [...]}}}. A row is done when this
+    very build measured it.
     """
 
     def __init__(self, path: Path | None, head: dict[str, Any], fresh: bool) -> None:
@@ -28,7 +29,14 @@ class Results:
         if path is not None and path.exists() and not fresh:
             old = json.loads(path.read_text(encoding="utf-8"))
         kept = {n: r for n, r in old.get("rows", {}).items() if r["key"] == self.key}
-        self.content = {"schema": 1, **self.key, "date": machine.today(), **head, "rows": kept}
+        self.content = {
+            "schema": 1,
+            **self.key,
+            "date": machine.today(),
+            **head,
+            "left_out": {},
+            "rows": kept,
+        }
 
     def has(self, row: str) -> bool:
         return row in self.content["rows"]
@@ -42,10 +50,10 @@ class Results:
         }
         self.save()
 
-    def add_wrong(self, row: str, reason: str) -> None:
-        """A row whose result is off: no figures; measured again next time."""
+    def leave_out(self, row: str, reason: str) -> None:
+        """A row without figures; it is measured again next time."""
         self.content["rows"].pop(row, None)
-        self.content.setdefault("wrong", {})[row] = reason
+        self.content["left_out"][row] = reason
         self.save()
 
     def save(self) -> None:

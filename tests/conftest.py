@@ -3,6 +3,7 @@
 RECGRELA_DATA         folder of real datasets (ml-1m/, ml-100k/, ...)
 RECGRELA_GOLDEN       folder of outputs recorded from the published implementation
 RECGRELA_REQUIRE_GPU  1: a test marked `gpu` fails instead of skipping where there is no device
+RECGRELA_GPU_DRY_RUN  1: tests marked `gpu` run on the CPU, to check the tests, not a GPU
 """
 
 from __future__ import annotations
@@ -17,16 +18,26 @@ import numpy as np
 import pytest
 import torch
 
+from recgrela_ext import _library
+from tests.gpu.device import DRY_RUN
+
 hypothesis.settings.register_profile("recgrela", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "recgrela")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        if os.environ.get("RECGRELA_REQUIRE_GPU") == "1":
-            pytest.fail("RECGRELA_REQUIRE_GPU=1, but torch sees no CUDA device", pytrace=False)
-        pytest.skip("needs a CUDA device")
+    if not item.get_closest_marker("gpu") or DRY_RUN:
+        return
+    reason = ""
+    if not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    elif "cuda" not in _library.KERNEL_DEVICES:
+        reason = "the library has no CUDA kernels"
+    if reason and os.environ.get("RECGRELA_REQUIRE_GPU") == "1":
+        pytest.fail(f"RECGRELA_REQUIRE_GPU=1, but {reason}", pytrace=False)
+    if reason:
+        pytest.skip(f"needs a GPU: {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +59,14 @@ def restored_global_state() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """In tests of operators and layers torch.empty holds NaN, so that an unwritten output shows."""
-    if not {"ops", "layers"} & set(request.path.parts):
+    if not {"ops", "layers", "gpu"} & set(request.path.parts):
         yield
         return
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # Some of torch's own GPU operators have no deterministic form: there it warns.
+    torch.use_deterministic_algorithms(True, warn_only="gpu" in request.path.parts)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

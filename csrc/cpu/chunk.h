@@ -9,15 +9,15 @@ struct Chunk {
   int n;          // items
   int64_t ahead;  // from an item to the same one of the next chunk to come
   int64_t D, Dp, W;
-  A *q, *k;            // [kChunk, Dp]: copies of rows that cannot be read in place
-  A *phi_q, *phi_k;    // [kChunk, Dp], backward only
-  A *rot_q, *rot_k;    // [kChunk, Dp]
-  A* value_rows;       // [W-1 + kChunk, Dp]: copies, where `values` cannot be in place
-  Source<A> values;    // row t + W - 1 is v_t: the W - 1 values before the chunk come first
-  A* num;              // [kChunk, Dp]
-  A* scale;            // [kChunk]: 1 / (den + eps n)
-  A* tail;             // [lanes]: 1 in the lanes that a row's last vector fills, else 0
-  A *weight, *bias;    // [W, Dp], [Dp]
+  A *q, *k;          // [kChunk, Dp]: copies of rows that cannot be read in place
+  A *phi_q, *phi_k;  // [kChunk, Dp], backward only
+  A *rot_q, *rot_k;  // [kChunk, Dp]
+  A* value_rows;     // [W-1 + kChunk, Dp]: copies, where `values` cannot be in place
+  Source<A> values;  // row t + W - 1 is v_t: the W - 1 values before the chunk come first
+  A* num;            // [kChunk, Dp]
+  A* scale;          // [kChunk]: 1 / (den + eps n)
+  A* tail;           // [lanes]: 1 in the lanes that a row's last vector fills, else 0
+  A *weight, *bias;  // [W, Dp], [Dp]
   RunningState<A> state;
   Rotation<A> rotation;
 };
@@ -63,8 +63,8 @@ void load_head(Chunk<A>& c, const GatedRelaParams& p, int64_t h) {
 
 // The W - 1 values before item t0, from the rows or, before the first item, from the state.
 template <class A>
-void load_past_values(Chunk<A>& c, const GatedRelaParams& p, const Span& span, int64_t b,
-                      int64_t h, int64_t t0) {
+void load_past_values(Chunk<A>& c, const GatedRelaParams& p, const Span& span, int64_t b, int64_t h,
+                      int64_t t0) {
   const int64_t past = p.W - 1;
   for (int64_t r = 0; r < past; ++r) {
     const int64_t t = t0 - past + r;

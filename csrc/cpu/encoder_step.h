@@ -14,7 +14,8 @@ template <class A, bool kAdd>
 void multiply(const A* x, int64_t x_stride, const A* weight, const A* bias, A* out,
               int64_t out_stride, int users, int64_t m, int64_t n) {
   using V = Vec<A>;
-  constexpr int kWide = 4;
+  // 64 floats: as many sums as hide a multiply-add's latency.
+  constexpr int kWide = RECGRELA_VECTOR_BYTES == 64 ? 4 : 8;
   constexpr int64_t kStep = kWide * kLanes<A>;
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep) {

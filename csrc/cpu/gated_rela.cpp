@@ -33,6 +33,32 @@ void sum_groups(const Tensor& partial, const Tensor& total, int64_t groups) {
   }
 }
 
+// More threads than sequences and heads share the work on long histories: once for the sums of each
+// segment, once for the results. Both ways give the same bits.
+void run_kernel(GatedRelaParams& p, const Dims& d, const Tensor& like) {
+  const Kernels& level = kernels();
+  const int64_t pairs = d.B * d.H;
+  int64_t longest = d.L;
+  for (int64_t b = 0; p.cu_seqlens && b < d.B; ++b) {
+    longest = std::max(longest, p.cu_seqlens[b + 1] - p.cu_seqlens[b]);
+  }
+  // Half of the work is done twice, so a few idle threads are not worth it.
+  const bool split = longest > kSegment && pairs * 2 <= int64_t(torch::stable::get_num_threads());
+  if (!split) {
+    parallel_for(0, pairs, grain_size(mean_length(d), d.D),
+                 [&](int64_t begin, int64_t end) { level.gated_rela(p, begin, end); });
+    return;
+  }
+  p.segments = (longest + kSegment - 1) / kSegment;
+  const Tensor sums = new_empty(like, {pairs, p.segments, d.D + 1, d.D}, d.acc);
+  p.segment_sums = sums.mutable_data_ptr();
+  parallel_for(0, pairs * p.segments, 1,
+               [&](int64_t begin, int64_t end) { level.segment_sums(p, begin, end); });
+  join_segments(p);
+  parallel_for(0, pairs * p.segments, 1,
+               [&](int64_t begin, int64_t end) { level.gated_rela(p, begin, end); });
+}
+
 }  // namespace
 
 ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, OptionalTensor gate,
@@ -71,9 +97,7 @@ ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, Optional
     p.saved_k_sum = saved_k_sum.mutable_data_ptr();
   }
 
-  const Kernels& level = kernels();
-  parallel_for(0, d.B * d.H, grain_size(mean_length(d), d.D),
-               [&](int64_t begin, int64_t end) { level.gated_rela(p, begin, end); });
+  run_kernel(p, d, q);
   return {out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum};
 }
 

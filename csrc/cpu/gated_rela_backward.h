@@ -14,11 +14,11 @@
 template <class A>
 struct BackwardRows {
   Chunk<A> chunk;
-  A *gate, *dy, *out;        // [kChunk, Dp]: copies of rows that cannot be used in place
-  A *dnum, *drot, *dvalues;  // [kChunk, Dp]
-  A* dpre;                   // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
-  A* dden;                   // [kChunk]
-  RunningState<A> later;     // T and y
+  A *gate, *dy, *out;         // [kChunk, Dp]: copies of rows that cannot be used in place
+  A *dnum, *drot, *dvalues;   // [kChunk, Dp]
+  A* dpre;                    // [kChunk + W-1, Dp]: behind row n-1 the rows of the later chunk
+  A* dden;                    // [kChunk]
+  RunningState<A> later;      // T and y
   A *later_t, *later_base_t;  // [Dp, Dp]: T transposed
   A* start_t;                 // [Dp, Dp]: S at the chunk's start, transposed
   A* z;                       // [Dp]
@@ -180,9 +180,9 @@ RECGRELA_NOINLINE void backward_conv(BackwardRows<A>& w, const Sink<A>& to) {
         const V weight = load_vector(c.weight + at(j));
         V dweight = load_vector(w.dweight + at(j));
         for (int t = 0; t < c.n; ++t) {
-          store_vector(load_vector(w.dvalues + at(t)) +
-                           weight * load_vector(w.dpre + at(t + W - 1 - j)),
-                       w.dvalues + at(t));
+          store_vector(
+              load_vector(w.dvalues + at(t)) + weight * load_vector(w.dpre + at(t + W - 1 - j)),
+              w.dvalues + at(t));
           dweight += load_vector(w.dpre + at(t)) * load_vector(c.values.row(t + j) + m * L);
         }
         store_vector(dweight, w.dweight + at(j));
@@ -239,12 +239,19 @@ void store_grad_initial(BackwardRows<A>& w, const GatedRelaBackwardParams& p, co
   }
 }
 
-// S and z at the chunk's start, as the forward saved them.
+// S and z at the chunk's start, as the forward saved them. Columns behind D are made 0 again: a
+// user's NaN times their 0 has left NaN there, which must not reach the next user.
 template <class A>
 void load_saved(BackwardRows<A>& w, const GatedRelaParams& p, int64_t slot, int64_t h) {
   const int64_t D = p.D, Dp = w.chunk.Dp;
   const A* kv = static_cast<const A*>(p.saved_kv) + (slot * p.H + h) * D * D;
   const A* k_sum = static_cast<const A*>(p.saved_k_sum) + (slot * p.H + h) * D;
+  if (D < Dp) {
+    clear(w.chunk.state.kv, Dp * Dp);
+    clear(w.start_t, Dp * Dp);
+    clear(w.chunk.state.k_sum, Dp);
+    clear(w.z, Dp);
+  }
   spread_rows(kv, w.chunk.state.kv, D, Dp);
   transpose(kv, D, w.start_t, D, Dp);
   __builtin_memcpy(w.chunk.state.k_sum, k_sum, std::size_t(D) * sizeof(A));
@@ -258,7 +265,7 @@ void backward_keys(BackwardRows<A>& w, const Sink<A>& dk) {
   const int64_t n = c.n, D = c.D, Dp = c.Dp;
   const Source<A> dnum = rows_of(w.dnum, c), rot_q = rows_of(c.rot_q, c);
   const Source<A> rot_k = rows_of(c.rot_k, c), values = values_of(c);
-  scan<true>(dnum, rot_q, values, w.later_t, w.drot, n, D, Dp);      // T_t v_t
+  scan<true>(dnum, rot_q, values, w.later_t, w.drot, n, D, Dp);     // T_t v_t
   scan<true>(rot_q, dnum, rot_k, w.later.kv, w.dvalues, n, D, Dp);  // T_t^T R phi(k_t)
   if (w.later.has_base) {
     add_base(values, w.later_base_t, w.drot, n, D, Dp);

@@ -70,18 +70,18 @@ void forward_chunk(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span
   finish_rows(w.out, out, Dp, p.out, p.dtype, span, t0, n, h, D);
 }
 
+// Items [t0, end) of one sequence and head, whose sums so far the state holds; t0 is the start of a
+// segment.
 template <class A, int kN, bool kTail>
-void forward_one(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t h) {
+void forward_items(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span, int64_t b,
+                   int64_t h, int64_t t0, int64_t end) {
   Chunk<A>& c = w.chunk;
-  const Span span = span_of(p, b);
   const int64_t D = p.D, start = p.initial.position ? p.initial.position[b] : 0;
-  load_head(c, p, h);
-  clear(c.state, c.Dp);
-  if (p.initial.kv) load_state(c.state, p.initial, b, h, D, c.Dp);
-  const int64_t slot = p.saved_kv ? first_chunk(p, b) : 0;
-  for (int64_t t0 = 0; t0 < span.length; t0 += kChunk) {
+  const int64_t slot = p.saved_kv ? first_chunk(p, b) : 0, first = t0;
+  for (; t0 < end; t0 += kChunk) {
     const int64_t chunk = t0 / kChunk;
-    c.n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
+    c.n = int(end - t0 < kChunk ? end - t0 : kChunk);
+    if (t0 > first && t0 % kSegment == 0) next_segment(c.state, c.Dp);
     if (p.saved_kv) {
       const int64_t at = (slot + chunk) * p.H + h;
       store_sum(c.state, static_cast<A*>(p.saved_kv) + at * D * D,
@@ -90,15 +90,86 @@ void forward_one(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t
     turn_chunk<false>(c.rotation, chunk, start + t0);
     forward_chunk<A, kN, kTail>(w, p, span, b, h, t0, start + t0);
   }
-  if (p.lengths) zero_rows<A>(p.out, p.dtype, span, span.length, p.L, h, D);
+}
+
+// What follows the last item.
+template <class A>
+void finish_sequence(Chunk<A>& c, const GatedRelaParams& p, const Span& span, int64_t b,
+                     int64_t h) {
+  if (p.lengths) zero_rows<A>(p.out, p.dtype, span, span.length, p.L, h, p.D);
   if (p.final.kv) {
-    store_state(c.state, p.final, b, h, D, c.Dp);
+    store_state(c.state, p.final, b, h, p.D, c.Dp);
     store_last_values(c, p, span, b, h);
   }
 }
 
+template <class A, int kN, bool kTail>
+void forward_one(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t h) {
+  Chunk<A>& c = w.chunk;
+  const Span span = span_of(p, b);
+  load_head(c, p, h);
+  clear(c.state, c.Dp, span.length > kSegment);
+  if (p.initial.kv) load_state(c.state, p.initial, b, h, c.D, c.Dp);
+  forward_items<A, kN, kTail>(w, p, span, b, h, 0, span.length);
+  finish_sequence(c, p, span, b, h);
+}
+
+// The sums of the items before a segment, [D + 1, D].
 template <class A>
-void forward_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
+A* sums_before(const GatedRelaParams& p, int64_t sequence, int64_t segment) {
+  return static_cast<A*>(p.segment_sums) + (sequence * p.segments + segment) * (p.D + 1) * p.D;
+}
+
+// One segment of forward_one, with the same bits.
+template <class A, int kN, bool kTail>
+void forward_segment(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t h,
+                     int64_t segment) {
+  Chunk<A>& c = w.chunk;
+  const Span span = span_of(p, b);
+  const int64_t t0 = segment * kSegment;
+  if (t0 >= span.length && t0 > 0) return;
+  const int64_t end = span.length - t0 < kSegment ? span.length : t0 + kSegment;
+  load_head(c, p, h);
+  clear(c.state, c.Dp);
+  if (segment > 0 || p.initial.kv) {
+    const A* before = sums_before<A>(p, b * p.H + h, segment);
+    start_from(c.state, before, before + c.D * c.D, c.D, c.Dp);
+  }
+  forward_items<A, kN, kTail>(w, p, span, b, h, t0, end);
+  if (end == span.length) finish_sequence(c, p, span, b, h);
+}
+
+// The sums of one segment's items alone, to where those before the next segment will stand.
+template <class A, int kN, bool kTail>
+void sum_segment(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t h,
+                 int64_t segment) {
+  Chunk<A>& c = w.chunk;
+  const Span span = span_of(p, b);
+  const int64_t D = c.D, Dp = c.Dp, t0 = segment * kSegment, end = t0 + kSegment;
+  if (segment + 1 == p.segments || end >= span.length) return;
+  const int64_t start = p.initial.position ? p.initial.position[b] : 0;
+  load_head(c, p, h);
+  clear(c.state, Dp, true);
+  c.state.has_base = segment > 0 || p.initial.kv;
+  c.n = kChunk;
+  for (int64_t t = t0; t < end; t += kChunk) {
+    const Source<A> k = read_rows(c.k, Dp, p.k, p.dtype, span, t, c.n, h, D);
+    turn_chunk<false>(c.rotation, t / kChunk, start + t);
+    fill_rotation(c.rotation, c.n);
+    read_values(c, p, span, b, h, t);
+    map_keys<A, kN, kTail, false>(c, k, k, start + t + 1, p.eps);
+    scan<false, false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_k, c), c.state.kv, c.num,
+                       c.n, D, Dp);
+    moved_on(c.state, c.n, Dp);
+  }
+  finish_segment(c.state, Dp);
+  A* to = sums_before<A>(p, b * p.H + h, segment + 1);
+  for (int64_t i = 0; i < D; ++i) copy_row(c.state.kv_own + i * Dp, to + i * D, D);
+  copy_row(c.state.k_sum_own, to + D * D, D);
+}
+
+template <class A, class Body>
+void with_forward_rows(const GatedRelaParams& p, Body&& body) {
   ForwardRows<A> w;
   const auto layout = [&](Scratch& scratch) {
     lay_out(w.chunk, scratch, p, false);
@@ -107,12 +178,40 @@ void forward_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
   };
   with_scratch(layout, [&] {
     prepare(w.chunk);
-    with_width<A>(p.D, [&](auto vectors, auto tail) {
-      for (int64_t i = begin; i < end; ++i) {
-        forward_one<A, vectors.value, tail.value>(w, p, i / p.H, i % p.H);
-      }
-    });
+    with_width<A>(p.D, [&](auto vectors, auto tail) { body(w, vectors, tail); });
   });
+}
+
+template <class A>
+void forward_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
+  with_forward_rows<A>(p, [&](ForwardRows<A>& w, auto vectors, auto tail) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (p.segments == 0) {
+        forward_one<A, vectors.value, tail.value>(w, p, i / p.H, i % p.H);
+      } else {
+        const int64_t pair = i / p.segments;
+        forward_segment<A, vectors.value, tail.value>(w, p, pair / p.H, pair % p.H, i % p.segments);
+      }
+    }
+  });
+}
+
+template <class A>
+void sum_range(const GatedRelaParams& p, int64_t begin, int64_t end) {
+  with_forward_rows<A>(p, [&](ForwardRows<A>& w, auto vectors, auto tail) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t pair = i / p.segments;
+      sum_segment<A, vectors.value, tail.value>(w, p, pair / p.H, pair % p.H, i % p.segments);
+    }
+  });
+}
+
+void segment_sums(const GatedRelaParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == DType::kDouble) {
+    sum_range<double>(p, begin, end);
+  } else {
+    sum_range<float>(p, begin, end);
+  }
 }
 
 void gated_rela(const GatedRelaParams& p, int64_t begin, int64_t end) {

@@ -14,6 +14,7 @@
 namespace recgrela {
 
 constexpr int kChunk = 64;
+constexpr int64_t kSegment = 64 * kChunk;  // items; a longer history is summed segment by segment
 
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
@@ -41,6 +42,10 @@ struct GatedRelaParams {
   const int64_t* cu_seqlens;     // [B+1] or nullptr
   States initial, final;         // kv nullptr: none
   void *saved_kv, *saved_k_sum;  // nullptr in inference
+  // Where segments are work items of their own: their number, and per (sequence, head, segment) the
+  // sums [D + 1, D] (kv, k_sum) of the items before it, from join_segments.
+  int64_t segments;
+  void* segment_sums;
 };
 
 struct GatedRelaBackwardParams {
@@ -102,9 +107,12 @@ constexpr int64_t kDropoutBlock = 1024;  // elements of activation_dropout with 
 
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
 // step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step, blocks of
-// kDropoutBlock elements in activation_dropout. Work items are independent of each other.
+// kDropoutBlock elements in activation_dropout. Work items are independent of each other. Forward
+// with segments they are ((b * H + h) * segments + s), and segment_sums must have run over all of
+// them and join_segments after it.
 struct Kernels {
   const char* level;
+  void (*segment_sums)(const GatedRelaParams&, int64_t begin, int64_t end);
   void (*gated_rela)(const GatedRelaParams&, int64_t begin, int64_t end);
   void (*gated_rela_backward)(const GatedRelaBackwardParams&, int64_t begin, int64_t end);
   void (*gated_rela_step)(const GatedRelaStepParams&, int64_t begin, int64_t end);
@@ -126,6 +134,9 @@ const char* available_levels();
 
 // cos and sin of j * inv_freq, j = 0 .. kChunk: table [H, kChunk + 1, 2, D/2].
 void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_t D, DType dtype);
+
+// From the sums of each segment to those of all segments before it, the initial state included.
+void join_segments(const GatedRelaParams& p);
 
 // Where the saved chunk states of sequence b begin, and how many chunks a call may need in all.
 int64_t first_chunk(const GatedRelaParams& p, int64_t b);

@@ -25,6 +25,7 @@ namespace RECGRELA_LEVEL {
 
 const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL_NAME,
+    RECGRELA_LEVEL::segment_sums,
     RECGRELA_LEVEL::gated_rela,
     RECGRELA_LEVEL::gated_rela_backward,
     RECGRELA_LEVEL::gated_rela_step,

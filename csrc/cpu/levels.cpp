@@ -99,6 +99,35 @@ void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_
   }
 }
 
+namespace {
+
+template <class A>
+void join_all(const GatedRelaParams& p) {
+  const int64_t size = (p.D + 1) * p.D;
+  for (int64_t pair = 0; pair < p.B * p.H; ++pair) {
+    A* sums = static_cast<A*>(p.segment_sums) + pair * p.segments * size;
+    const int64_t b = pair / p.H, h = pair % p.H;
+    const int64_t items =
+        p.cu_seqlens ? p.cu_seqlens[b + 1] - p.cu_seqlens[b] : (p.lengths ? p.lengths[b] : p.L);
+    for (int64_t i = 0; i < size; ++i) sums[i] = A(0);
+    if (p.initial.kv) {
+      const A* kv = static_cast<const A*>(p.initial.kv) + b * p.initial.kv_stride;
+      const A* k_sum = static_cast<const A*>(p.initial.k_sum) + b * p.initial.k_sum_stride;
+      std::memcpy(sums, kv + h * p.D * p.D, std::size_t(p.D * p.D) * sizeof(A));
+      std::memcpy(sums + p.D * p.D, k_sum + h * p.D, std::size_t(p.D) * sizeof(A));
+    }
+    for (int64_t s = 1; s * kSegment < items; ++s) {
+      for (int64_t i = 0; i < size; ++i) sums[s * size + i] += sums[(s - 1) * size + i];
+    }
+  }
+}
+
+}  // namespace
+
+void join_segments(const GatedRelaParams& p) {
+  p.dtype == DType::kDouble ? join_all<double>(p) : join_all<float>(p);
+}
+
 // A packed sequence starts at chunk cu_seqlens[b] / kChunk + b: slots never overlap, and nobody has
 // to know the lengths to size the buffer.
 int64_t first_chunk(const GatedRelaParams& p, int64_t b) {

@@ -3,17 +3,17 @@
 // A rotated row is x * cosines + swapped(x) * sines, `swapped` exchanging the members of each pair:
 // cosines [c0, c0, c1, c1, ...], sines [-s0, s0, -s1, s1, ...]. The angle of item j of a chunk is
 // the chunk's own plus j steps, added in double by a complex product, so that it is right to float
-// rounding at any position. From chunk to chunk the angle turns by kChunk steps; every kAnew chunks
-// (for double rows: at every chunk) it is taken from its position again.
+// rounding at any position. From chunk to chunk the angle turns by kChunk steps; at every segment's
+// start (for double rows: at every chunk) it is taken from its position again.
 
 template <class A>
-constexpr int64_t kAnew = sizeof(A) == sizeof(double) ? 1 : 1024;
+constexpr int64_t kAnew = sizeof(A) == sizeof(double) ? 1 : kSegment / kChunk;
 
 template <class A>
 struct Rotation {
-  double *cos0, *sin0;   // [D/2]: the chunk's first item
-  A *cosines, *sines;    // [kChunk, Dp]
-  const double* steps;   // [kChunk + 1, 2, D/2]: cos and sin of j steps
+  double *cos0, *sin0;  // [D/2]: the chunk's first item
+  A *cosines, *sines;   // [kChunk, Dp]
+  const double* steps;  // [kChunk + 1, 2, D/2]: cos and sin of j steps
   const double* inv_freq;
   int64_t D, Dp, pairs;
 };

@@ -1,15 +1,15 @@
 // The hot loop of linear attention, used once forward and three times more backward. Included by
 // every level file. For every item in turn:
-//   state += a_t b_t^T   and   out_t = state^T c_t
+//   state += a_t b_t^T   and, with kOut,   out_t = state^T c_t
 // state [rows, Dp]; a, c [n, rows]; b, out [n, Dp]. A few items pass over the state together, one
-// block of its columns at a time, so that a row is loaded and stored once for all of them; the sums'
-// order is that of one item after the other.
+// block of its columns at a time, so that a row is loaded and stored once for all of them; the
+// sums' order is that of one item after the other.
 
 // Items and vectors of columns that share a pass: what the registers hold.
 constexpr bool kManyRegisters = RECGRELA_VECTOR_BYTES == 64;
 constexpr int kPassItems = kManyRegisters ? 4 : 2;
 
-template <class A, int kColumns, int kItems, bool kReverse>
+template <class A, int kColumns, int kItems, bool kReverse, bool kOut>
 RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Source<A>& c, A* state,
                                int64_t Dp, A* out, int64_t t0, int64_t column, int64_t rows) {
   using V = Vec<A>;
@@ -31,12 +31,12 @@ RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Sou
     for (int s = 0; s < kItems; ++s) {
       for (int m = 0; m < kColumns; ++m) {
         row[m] += key[s][i] * value[s][m];
-        sum[s][m] += query[s][i] * row[m];
+        if (kOut) sum[s][m] += query[s][i] * row[m];
       }
     }
     for (int m = 0; m < kColumns; ++m) store_vector(row[m], at + m * kLanes<A>);
   }
-  for (int s = 0; s < kItems; ++s) {
+  for (int s = 0; kOut && s < kItems; ++s) {
     const int64_t t = kReverse ? t0 - s : t0 + s;
     for (int m = 0; m < kColumns; ++m) {
       store_vector(sum[s][m], out + t * Dp + column + m * kLanes<A>);
@@ -44,25 +44,25 @@ RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Sou
   }
 }
 
-template <class A, int kColumns, bool kReverse>
+template <class A, int kColumns, bool kReverse, bool kOut>
 RECGRELA_NOINLINE void scan_columns(const Source<A>& a, const Source<A>& b, const Source<A>& c,
                                     A* state, int64_t Dp, A* out, int64_t first, int64_t count,
                                     int64_t column, int64_t rows) {
   int64_t done = 0;
   for (; done + kPassItems <= count; done += kPassItems) {
-    scan_pass<A, kColumns, kPassItems, kReverse>(
+    scan_pass<A, kColumns, kPassItems, kReverse, kOut>(
         a, b, c, state, Dp, out, kReverse ? first - done : first + done, column, rows);
   }
   for (; done < count; ++done) {
-    scan_pass<A, kColumns, 1, kReverse>(a, b, c, state, Dp, out,
-                                        kReverse ? first - done : first + done, column, rows);
+    scan_pass<A, kColumns, 1, kReverse, kOut>(a, b, c, state, Dp, out,
+                                              kReverse ? first - done : first + done, column, rows);
   }
 }
 
 // Items that go through all columns before the next ones: their rows stay in the first-level cache.
 RECGRELA_INLINE int64_t scan_items(int64_t Dp) { return Dp <= 16 ? kChunk : Dp <= 32 ? 32 : 16; }
 
-template <bool kReverse, class A>
+template <bool kReverse, bool kOut = true, class A>
 void scan(Source<A> a, Source<A> b, Source<A> c, A* state, A* out, int64_t n, int64_t D,
           int64_t Dp) {
   constexpr int64_t kWide = 2 * kLanes<A>;
@@ -72,9 +72,10 @@ void scan(Source<A> a, Source<A> b, Source<A> c, A* state, A* out, int64_t n, in
     const int64_t first = kReverse ? n - 1 - done : done;
     int64_t column = 0;
     for (; column + kWide <= Dp; column += kWide) {
-      scan_columns<A, 2, kReverse>(a, b, c, state, Dp, out, first, count, column, D);
+      scan_columns<A, 2, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
     }
-    if (column < Dp) scan_columns<A, 1, kReverse>(a, b, c, state, Dp, out, first, count, column, D);
+    if (column < Dp)
+      scan_columns<A, 1, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
   }
 }
 

@@ -138,21 +138,16 @@ RECGRELA_INLINE Vec<A> slope_of(Vec<A> phi) {
   return smaller(splat(A(1)), phi);
 }
 
-// 1 / (1 + exp(-x)) for x >= kLowest.
-template <class A>
-RECGRELA_INLINE Vec<A> sigmoid_above(Vec<A> x) {
-  return reciprocal(exp_inside(-smaller(splat(kHighest<A>), x)) + A(1));
-}
-
 // SiLU has reached 0 at kLowest. Without that floor the sigmoid, which never gets to 0, would leave
 // something of a huge negative x.
 template <class A>
 RECGRELA_INLINE Vec<A> silu(Vec<A> x) {
   x = larger(splat(kLowest<A>), x);
-  return x * sigmoid_above<A>(x);
+  return x * reciprocal(exp_inside(-smaller(splat(kHighest<A>), x)) + A(1));
 }
 
-// SiLU(x) and its derivative from one sigmoid.
+// SiLU(x) and its derivative s + x s (1 - s) from one exp; 1 - s is exp(-x) s, without
+// cancellation.
 template <class A>
 struct SiluAndSlope {
   Vec<A> value, slope;
@@ -160,8 +155,9 @@ struct SiluAndSlope {
 template <class A>
 RECGRELA_INLINE SiluAndSlope<A> silu_and_slope(Vec<A> x) {
   x = larger(splat(kLowest<A>), x);
-  const Vec<A> s = sigmoid_above<A>(x), value = x * s;
-  return {value, s + (value - value * s)};
+  const Vec<A> e = exp_inside(-smaller(splat(kHighest<A>), x));
+  const Vec<A> s = reciprocal(e + A(1)), value = x * s;
+  return {value, s + value * (e * s)};
 }
 
 // x[i] = f(x[i]) for vectors, the last one filled up where count is not a multiple.

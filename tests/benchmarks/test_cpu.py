@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu, peers, readme, speed_tables
+from benchmarks import cpu, machine, peak, peers, readme, speed_tables
 from benchmarks.__main__ import main
 from benchmarks.records import Record, Target, describe, duration
 from benchmarks.timing import CpuClock, Effort, Timing, interleave
@@ -34,8 +36,11 @@ def rows(out: Path) -> dict[str, Any]:
 
 
 @needs_kernels
-def test_every_row_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two threads are left to the full run: on a busy machine they wait for each other."""
+    monkeypatch.setattr(peak, "PEERS", ("ours", "causal"))  # a process each
     out = tmp_path / "quick.json"
     names = [
         "operator-d16-l200",
@@ -88,6 +93,24 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_kernels
+def test_a_row_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(context: cpu.Context) -> list[Record]:
+        raise torch.OutOfMemoryError("no room")
+
+    def whole(context: cpu.Context) -> list[Record]:
+        return [Record("whole", "nothing", "rela", {}, times={"ours": Timing(1, 1, 1, 1, 1)})]
+
+    monkeypatch.setattr(cpu, "ROWS_BY_NAME", {"broken": broken, "whole": whole})
+    out = tmp_path / "quick.json"
+    assert quick(out) == 1
+    assert list(rows(out)) == ["whole"]
+    left_out = json.loads(out.read_text())["left_out"]
+    assert left_out == {"broken": "left out: more memory than this GPU has"}
+
+
+@needs_kernels
 @pytest.mark.parametrize("scale", [1 + 1e-4, float("nan")])
 def test_a_wrong_result_has_no_time(
     scale: float,
@@ -100,7 +123,9 @@ def test_a_wrong_result_has_no_time(
     monkeypatch.setattr(ops, "gated_rela", lambda *a, **o: right(*a, **o) * scale)  # type: ignore
     assert quick(out, "--only", "operator-d16-l200", "--only", "length") == 1
     assert rows(out) == {}
-    assert json.loads(out.read_text())["wrong"].keys() == {"operator-d16-l200", "length"}
+    left_out = json.loads(out.read_text())["left_out"]
+    assert left_out.keys() == {"operator-d16-l200", "length"}
+    assert all(reason.startswith("WRONG RESULT") for reason in left_out.values())
     assert "x ours" not in capsys.readouterr().out
 
 
@@ -192,9 +217,42 @@ def test_peers_agree_with_what_they_are_said_to_compute() -> None:
     from benchmarks.checks import check_peer
     from benchmarks.operator_rows import Shape
 
+    torch.set_num_threads(1)
     for length in (1, 64, 65, 130):
         problem = Shape(2, length, 2, 8).problem(torch.float32)
         for name in ("published", "causal", "reference", "sdpa"):
             peer = peers.CPU_PEERS[name]
             check_peer(problem, peer.build(problem), peer.computes)
         check_peer(problem, peers.published(problem, real=True), "bidirectional")
+
+
+def test_commit_names_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results do not make a tree dirty; two states of changed code are told apart."""
+    if shutil.which("git") is None:
+        pytest.skip("git was not found")
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    results = tmp_path / "benchmarks" / "results" / "cpu.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("1")
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    clean = machine.commit()
+    assert len(clean) == 12
+    results.write_text("2")
+    assert machine.commit() == clean
+    found = set()
+    for text in ("2", "3"):
+        code.write_text(text)
+        found.add(machine.commit())
+    assert len(found) == 2
+    assert all(name.startswith(f"{clean}-dirty-") for name in found)
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "absent")
+    assert machine.commit() == "unknown"

@@ -1,8 +1,8 @@
-"""gated_rela and its gradients item by item in extended precision, written from the formulas.
+"""gated_rela and its gradients item by item, more precisely than the problem's dtype.
 
-Independent of ops/reference.py (other order of sums, other backward, numpy), so the two check each
-other, and precise enough to measure the rounding of float64 results: 64 bits of mantissa where the
-machine's long double has them.
+Written from the formulas, independent of ops/reference.py (other order of sums, other backward,
+numpy), so the two check each other. Float64 problems are summed with 64 bits of mantissa, where the
+machine's long double has them, which is enough to measure their rounding; all others in float64.
 
 Forward, with S_t = sum R_s phi(k_s) v_s^T and z_t = sum phi(k_s):
     o_t = S_t^T R_t phi(q_t) / (phi(q_t) . z_t + eps n_t)
@@ -84,28 +84,36 @@ class Exact:
 
 
 class _Sequence:
-    """One sequence of n items, arrays [n, H, D] in extended precision."""
+    """One sequence of n items, arrays [n, H, D]."""
 
     def __init__(self, whole: Exact, b: int, index: Any, n: int) -> None:
         p = whole.problem
         H, D, W = whole.H, whole.D, whole.W
         self.n, self.D, self.W = n, D, W
-        self.causal, self.eps = p.causal, WIDE(p.eps)
-        self.q, self.k, self.v = (_array(x[index]) for x in (p.q, p.k, p.v))
-        self.gate = None if p.gate is None else _array(p.gate[index])
-        self.weight = None if p.conv_weight is None else _array(p.conv_weight).reshape(H, D, W)
-        self.bias = WIDE(0) if p.conv_bias is None else _array(p.conv_bias).reshape(H, D)
-        self.kv, self.k_sum = np.zeros((H, D, D), WIDE), np.zeros((H, D), WIDE)
-        past, self.position = np.zeros((W - 1, H, D), WIDE), 0
+        wide = self.wide = WIDE if p.q.dtype == torch.float64 else np.float64
+        self.causal, self.eps = p.causal, wide(p.eps)
+        self.q, self.k, self.v = (_array(x[index], wide) for x in (p.q, p.k, p.v))
+        self.gate = None if p.gate is None else _array(p.gate[index], wide)
+        self.weight = (
+            None if p.conv_weight is None else _array(p.conv_weight, wide).reshape(H, D, W)
+        )
+        self.bias = wide(0) if p.conv_bias is None else _array(p.conv_bias, wide).reshape(H, D)
+        self.kv, self.k_sum = np.zeros((H, D, D), wide), np.zeros((H, D), wide)
+        past, self.position = np.zeros((W - 1, H, D), wide), 0
         if p.initial_state is not None:
             kv, k_sum, conv, position = (x[b] for x in p.initial_state)
-            self.kv, self.k_sum, self.position = _array(kv), _array(k_sum), int(position)
-            past = _array(conv).reshape(W - 1, H, D)
+            self.kv, self.k_sum, self.position = (
+                _array(kv, wide),
+                _array(k_sum, wide),
+                int(position),
+            )
+            past = _array(conv, wide).reshape(W - 1, H, D)
         self.values = np.concatenate((past, self.v))  # [W-1+n, H, D]
         index_of = np.arange(n).astype(WIDE) + self.position
-        phase = index_of[:, None, None] * _array(p.inv_freq)
-        self.cos, self.sin = np.cos(phase), np.sin(phase)
-        self.count = index_of + 1 if p.causal else np.full(n, WIDE(self.position + n))
+        phase = index_of[:, None, None] * _array(p.inv_freq, WIDE)
+        self.cos, self.sin = np.cos(phase).astype(wide), np.sin(phase).astype(wide)
+        last = np.full(n, wide(self.position + n))
+        self.count = index_of.astype(wide) + 1 if p.causal else last
 
     def rotate(self, x: Array, t: Any, sign: int = 1) -> Array:
         cos, sin = self.cos[t], sign * self.sin[t]
@@ -118,7 +126,7 @@ class _Sequence:
         self.rot_q, self.rot_k = self.rotate(self.phi_q, every), self.rotate(self.phi_k, every)
         self.start = self.kv, self.k_sum
         self.out = np.zeros_like(self.q)
-        self.den = np.zeros(self.q.shape[:2], WIDE)
+        self.den = np.zeros(self.q.shape[:2], self.wide)
         for t, S, z in self.states():
             den = (self.phi_q[t] * z).sum(-1) + self.eps * self.count[t]
             self.out[t] = np.einsum("hd,hde->he", self.rot_q[t], S) / den[:, None]
@@ -152,7 +160,7 @@ class _Sequence:
         self, grads: dict[str, Tensor], b: int, index: Any
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         n, H, D = self.v.shape
-        dy = _array(grads["out"][index])
+        dy = _array(grads["out"][index], self.wide)
         dO = dy if self.gate is None else dy * _silu(self.gate)
         dnum = dO / self.den[:, :, None]
         dden = -(dO * self.out).sum(-1) / self.den
@@ -167,10 +175,10 @@ class _Sequence:
             found["q"][t] = (turned + level) * _phi_slope(self.q[t])
             terms["q"][t] = np.einsum("hde,he->hd", abs(S), abs(dnum[t]))
 
-        T, y = np.zeros((H, D, D), WIDE), np.zeros((H, D), WIDE)
+        T, y = np.zeros((H, D, D), self.wide), np.zeros((H, D), self.wide)
         if "final kv" in grads:
-            T += _array(grads["final kv"][b])
-            y += _array(grads["final k_sum"][b])
+            T += _array(grads["final kv"][b], self.wide)
+            y += _array(grads["final k_sum"][b], self.wide)
         for t in reversed(range(n)):
             T += self.rot_q[t][:, :, None] * dnum[t][:, None, :]
             y += dden[t][:, None] * self.phi_q[t]
@@ -184,7 +192,7 @@ class _Sequence:
 
         dvalues = np.zeros_like(self.values)
         if "final conv" in grads:
-            dvalues[n:] += _array(grads["final conv"][b]).reshape(-1, H, D)
+            dvalues[n:] += _array(grads["final conv"][b], self.wide).reshape(-1, H, D)
         if self.weight is not None:
             dpre = dO * _silu_slope(self.pre)
             dweight, size = np.zeros_like(self.weight), np.zeros_like(self.weight)
@@ -210,8 +218,8 @@ def _bounds(p: Problem) -> list[tuple[Any, int]]:
     return [((b, slice(0, n)), n) for b, n in enumerate(lengths)]
 
 
-def _array(x: Tensor) -> Array:
-    return x.detach().to(torch.float64).numpy().astype(WIDE)
+def _array(x: Tensor, wide: Any) -> Array:
+    return x.detach().to(torch.float64).numpy().astype(wide)
 
 
 def _tensor(x: Array) -> Tensor:
@@ -223,7 +231,7 @@ def _phi(x: Array) -> Array:
 
 
 def _phi_slope(x: Array) -> Array:
-    return np.where(x > 0, WIDE(1), np.exp(np.minimum(x, 0)))
+    return np.where(x > 0, x.dtype.type(1), np.exp(np.minimum(x, 0)))
 
 
 def _sigmoid(x: Array) -> Array:

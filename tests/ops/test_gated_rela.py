@@ -40,10 +40,10 @@ def test_lengths(length: int, dtype: torch.dtype) -> None:
     assert_agrees(make_problem(L=length, H=3, D=16, dtype=dtype), ops.gated_rela)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16])
-def test_long_sequence(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "length"), [(8, 4000), (16, 4000), (8, 9001)])
+def test_long_sequence(head_dim: int, length: int) -> None:
     """Without convolution and gate, whose own rounding hides that of the sums."""
-    problem = make_problem(1, 4000, 1, head_dim, 0, torch.float32, gate=False)
+    problem = make_problem(1, length, 1, head_dim, 0, torch.float32, gate=False)
     assert_agrees(problem, ops.gated_rela)
 
 
@@ -252,12 +252,16 @@ def test_padding_may_hold_anything(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [*ROWS, "kv", "k_sum", "conv"])
 @pytest.mark.parametrize("packed", [None, [70, 9, 70]], ids=["padded", "packed"])
-def test_nan_stays_with_its_user(where: str, value: float, packed: list[int] | None) -> None:
+@pytest.mark.parametrize("D", [6, 16])  # no whole vector at any level; whole vectors
+def test_nan_stays_with_its_user(
+    where: str, value: float, packed: list[int] | None, D: int
+) -> None:
     options: dict[str, Any] = {"state": True, "return_final_state": True, "dtype": torch.float32}
-    problem = make_problem(3, 70, packed=packed, **options)
+    problem = make_problem(3, 70, D=D, packed=packed, **options)
     sick = problem.map_floats(torch.clone, torch.clone)
     x = sick.leaves()[where]
     per_user = packed is None or where not in ROWS
+    torch.set_num_threads(1)  # users follow each other through the same memory
     (x[1] if per_user else x[70:79]).flatten()[5] = value
 
     found, expected = outputs(sick.run(ops.gated_rela)), outputs(problem.run(ops.gated_rela))
@@ -270,6 +274,27 @@ def test_nan_stays_with_its_user(where: str, value: float, packed: list[int] | N
         by_row = packed is not None and name in (*ROWS, "out")
         others = [*range(70), *range(79, 149)] if by_row else [0, 2]
         assert_same_bits(name, y[others], expected[name][others])
+
+
+@pytest.mark.parametrize("D", [6, 16])
+@pytest.mark.parametrize("start", ["state", "nothing"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_few_long_histories_are_shared_by_threads(D: int, start: str, form: str) -> None:
+    """Segments of 4,096 items, once one after the other and once each on its own."""
+    packed = {"padded": None, "packed": [8192, 0, 4096, 9001]}[form]
+    lengths = [9001] if form == "padded" else None
+    problem = make_problem(
+        1, 9100, 1, D, packed=packed, lengths=lengths, dtype=torch.float32,
+        state=start == "state", return_final_state=True,
+    )  # fmt: skip
+    results = []
+    for threads in (1, 2, 9):
+        torch.set_num_threads(threads)
+        found = outputs(problem.run(ops.gated_rela))
+        results.append(found | {f"d{n}": g for n, g in gradients(problem, ops.gated_rela).items()})
+    for other in results[1:]:
+        for name, x in other.items():
+            assert_same_bits(name, x, results[0][name])
 
 
 @pytest.mark.parametrize("packed", [None, [200, 0, 130, 1, 70, 64]], ids=["padded", "packed"])

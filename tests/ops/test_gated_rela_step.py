@@ -36,7 +36,7 @@ def stepwise(
     problem = Problem(q, k, v, gate, *args, **options)
     B, L, H, D = q.shape
     width = 1 if problem.conv_weight is None else problem.conv_weight.shape[1]
-    state = problem.initial_state or zero_state(B, H, D, width, accumulate_dtype(q.dtype))
+    state = problem.initial_state or zero_state(B, H, D, width, accumulate_dtype(q.dtype), q.device)
     *sums, position = copy(state)
     out = [step(problem, t, (*sums, position + t)) for t in range(L)]
     return torch.stack(out, 1), (*sums, position + L)
