@@ -146,7 +146,7 @@ def test_the_chunk_loops_are_vectors_throughout(level: str, register: str, name:
 @pytest.mark.parametrize(("level", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
 @pytest.mark.parametrize("name", ["activate_block", "differentiate_block"])
 def test_dropout_is_vectors(level: str, register: str, name: str) -> None:
-    """Hash and GELU of float32: 8 multiply-adds of erfc, 6 of exp, 2 of the reciprocal; no calls."""
+    """GELU has 8 multiply-adds of erfc, 6 of exp and 2 of the reciprocal; no erf is a call."""
     loops = {h: b for h, b in functions(level, name).items() if "<float, float>" in h}
     assert loops
     for head, body in loops.items():
