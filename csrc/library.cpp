@@ -42,6 +42,11 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "topk_scores(Tensor hidden, Tensor table, Tensor? scale, int k, int padding_idx, "
       "Tensor? seen, Tensor? candidates) -> (Tensor scores, Tensor items)");
 
+  m.def("activation_dropout(Tensor x, Tensor? residual, bool gelu, float p, int seed) -> Tensor");
+  m.def(
+      "activation_dropout_backward(Tensor grad, Tensor? x, bool gelu, float p, int seed) "
+      "-> Tensor");
+
   m.def("rela_forward" RELA_ARGS);
   m.def("rela" RELA_ARGS);
   m.def(

@@ -59,6 +59,12 @@ std::tuple<Tensor, Tensor> topk_scores_cpu(Tensor hidden, Tensor table, Optional
                                            int64_t k, int64_t padding_idx, OptionalTensor seen,
                                            OptionalTensor candidates);
 
+// [residual +] dropout(act(x)), act GELU or the identity, and the gradient of x (which the backward
+// needs for GELU alone). Any shape, contiguous; the mask is a function of seed and element number.
+Tensor activation_dropout_cpu(Tensor x, OptionalTensor residual, bool gelu, double p, int64_t seed);
+Tensor activation_dropout_backward_cpu(Tensor grad, OptionalTensor x, bool gelu, double p,
+                                       int64_t seed);
+
 // gated_rela without gate and rank augmentation; its states have no conv.
 using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,

@@ -14,7 +14,14 @@ from .version import __version__
 
 LIBRARY = Path(__file__).parent / "librecgrela.so"
 
-_REJECTIONS = ("gated_rela", "rela", "encoder_step", "topk_scores", "RECGRELA_CPU_LEVEL")
+_REJECTIONS = (
+    "gated_rela",
+    "rela",
+    "encoder_step",
+    "topk_scores",
+    "activation_dropout",
+    "RECGRELA_CPU_LEVEL",
+)
 
 _REFERENCE_ONLY = (
     "recgrela_ext: {reason}: every operator runs as plain PyTorch, correct but several times "

@@ -3,27 +3,9 @@
 //   x += W_out gated_rela_step(q, k, v, g);   x += W_2 GELU(W_1 LN2(x))
 // A few users share each pass over the weights, which at hidden 64 fit the second-level cache.
 
-// erf by Abramowitz and Stegun 7.1.26, absolute error below 2e-7: libm's is not vectorised.
-RECGRELA_INLINE Vec<float> error_function(Vec<float> x) {
-  const Vec<float> a = larger(x, -x);
-  const Vec<float> t = reciprocal(a * 0.3275911f + 1.0f);
-  Vec<float> p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Vec<float> y = 1.0f - p * t * exp_inside(larger(splat(kLowest<float>), -a * a));
-  return x < 0.0f ? -y : y;
-}
-RECGRELA_INLINE Vec<double> error_function(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::erf(x[i]);
-  return x;
-}
-
 template <class A>
 RECGRELA_NOINLINE void map_gelu(A* x, int64_t count) {
-  map_values(x, count, [](Vec<A> y) {
-    return y * A(0.5) * (error_function(y * A(0.7071067811865476)) + A(1));
-  });
+  map_values(x, count, [](Vec<A> y) { return gelu<A>(y); });
 }
 
 // out [users, n] = bias [n] + x [users, m] weight [m, n], rows of x and out x_stride, out_stride

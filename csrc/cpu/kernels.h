@@ -112,10 +112,26 @@ constexpr int kGroupUsers = 512, kBlockItems = 240;
 
 constexpr int kUsersAtOnce = 4;  // users that share one pass over the weights in encoder_step
 
+// y = [residual +] dropout(act(x)) on contiguous elements; backward: the gradient of x.
+struct ActivationDropoutParams {
+  DType dtype;
+  bool gelu;  // act, the identity without it
+  int64_t numel;
+  uint64_t seed;
+  uint32_t dropped;    // an element is dropped when its random word is below
+  double scale;        // of the others
+  const void* first;   // x; backward: the gradient of y
+  const void* second;  // residual or nullptr; backward: x, nullptr without gelu
+  void* out;
+};
+
+constexpr int64_t kDropoutBlock = 1024;  // elements of activation_dropout with one pair of keys
+
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
-// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step. Work items are
-// independent of each other. Forward with segments they are ((b * H + h) * segments + s), and
-// segment_sums must have run over all of them and join_segments after it.
+// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step, blocks of
+// kDropoutBlock elements in activation_dropout. Work items are independent of each other. Forward
+// with segments they are ((b * H + h) * segments + s), and segment_sums must have run over all of
+// them and join_segments after it.
 struct Kernels {
   const char* level;
   void (*segment_sums)(const GatedRelaParams&, int64_t begin, int64_t end);
@@ -124,6 +140,8 @@ struct Kernels {
   void (*gated_rela_step)(const GatedRelaStepParams&, int64_t begin, int64_t end);
   void (*encoder_step)(const EncoderStepParams&, int64_t begin, int64_t end);
   void (*topk_scores)(const TopKParams&, int64_t begin, int64_t end);
+  void (*activation_dropout)(const ActivationDropoutParams&, int64_t begin, int64_t end);
+  void (*activation_dropout_backward)(const ActivationDropoutParams&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

@@ -17,6 +17,9 @@ namespace RECGRELA_LEVEL {
 #include "gated_rela_forward.h"
 #include "gated_rela_step.h"
 // keep this order
+#include "gelu.h"
+// keep this order
+#include "activation_dropout.h"
 #include "encoder_step.h"
 #include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL
@@ -29,5 +32,7 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::gated_rela_step,
     RECGRELA_LEVEL::encoder_step,
     RECGRELA_LEVEL::topk_scores,
+    RECGRELA_LEVEL::activation_dropout,
+    RECGRELA_LEVEL::activation_dropout_backward,
 };
 }  // namespace recgrela

@@ -1,7 +1,7 @@
-"""Dropout whose random bits do not cost more than the layer it follows.
+"""Dropout in one pass with what stands around it, where there is a kernel for that.
 
-On a CPU `F.dropout` draws one float per element, a sixth of a training step. Sixteen bits decide as
-well: p is rounded to 1/65536, and the scale 1 / (1 - p) belongs to the rounded one.
+On a CPU `F.dropout` draws one float per element, a sixth of a training step, and keeps a mask.
+`ops.activation_dropout` takes one number from torch's default generator per call instead.
 """
 
 from __future__ import annotations
@@ -10,19 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEVELS = 1 << 16
+from .. import _library, ops
+
 _LOWEST = torch.iinfo(torch.int64).min
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Each element is 0 with probability p, else scaled by 1 / (1 - p); x itself in evaluation."""
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = min(round(p * _LEVELS), _LEVELS - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(_LOWEST, None)
-    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
-    # x * kept * scale in one pass, and so is its gradient
-    out: Tensor = torch.ops.aten.native_dropout_backward(x, kept, _LEVELS / (_LEVELS - dropped))
-    return out
+def dropout(
+    x: Tensor, p: float, training: bool, residual: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """residual + dropout(act(x)), act GELU or the identity; no dropout in evaluation.
+
+    Each element is 0 with probability p, else scaled by 1 / (1 - p). Compiled and exported
+    graphs, other devices and an installation without kernels use torch's own dropout.
+    """
+    if training and p > 0.0 and _has_kernel(x):
+        seed = int(torch.empty((), dtype=torch.int64).random_(_LOWEST, None))
+        if residual is None or residual.dtype == x.dtype:
+            return ops.activation_dropout(x, residual, gelu, p, seed)
+        x = ops.activation_dropout(x, None, gelu, p, seed)
+    else:
+        x = F.gelu(x) if gelu else x
+        x = F.dropout(x, p) if training and p > 0.0 else x
+    return x if residual is None else residual + x
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        return False  # a number drawn now would become a constant, or cannot be drawn
+    return x.device.type == "cpu" and _library.has_kernels(x.device)

@@ -62,11 +62,13 @@ class FeedForward(nn.Module):
         self.activation = activation
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, hidden_size] -> [N, hidden_size]."""
-        inner = ACTIVATIONS[self.activation](self.fc1(x))
-        inner = dropout(inner, self.dropout, self.training)
-        return dropout(self.fc2(inner), self.dropout, self.training)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[residual +] the MLP of x; all are [N, hidden_size]."""
+        gelu, inner = self.activation == "gelu", self.fc1(x)
+        if not gelu:
+            inner = ACTIVATIONS[self.activation](inner)
+        inner = dropout(inner, self.dropout, self.training, gelu=gelu)
+        return dropout(self.fc2(inner), self.dropout, self.training, residual)
 
 
 class GRELABlock(nn.Module):
@@ -178,7 +180,7 @@ class GRELABlock(nn.Module):
         if not self.residual:
             return self.mlp(self.norm2(self.drop_path(None, branch, sequence, num)))
         rows = self.drop_path(rows, branch, sequence, num)
-        return rows + self.mlp(self.norm2(rows))
+        return self.mlp(self.norm2(rows), rows)
 
 
 def sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:

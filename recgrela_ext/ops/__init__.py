@@ -5,6 +5,7 @@ the compiled kernels where there are any and the reference elsewhere.
 """
 
 from . import reference
+from .activation_dropout import activation_dropout
 from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encoder
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
@@ -15,6 +16,7 @@ from .topk_scores import topk_scores
 __all__ = [
     "EncoderLayer",
     "PackedEncoder",
+    "activation_dropout",
     "encoder_step",
     "gated_rela",
     "gated_rela_step",

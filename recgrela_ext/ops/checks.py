@@ -172,6 +172,34 @@ def check_sequence(
         check_state(op, "initial_state", initial_state, q, B, width)
 
 
+def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) -> None:
+    """Every argument of activation_dropout."""
+    _tensor(op, "x", x)
+    if x.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
+    if residual is not None:
+        _tensor(op, "residual", residual)
+        _shape(op, "residual", residual, tuple(x.shape), "of x")
+        if residual.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
+            )
+        if residual.device != x.device:
+            raise ValueError(
+                f"{op}: residual must be on the device of x, {x.device}, got {residual.device}"
+            )
+    if not isinstance(gelu, bool):
+        raise TypeError(f"{op}: gelu must be True or False, got {gelu!r}")
+    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: p must lie in [0, 1), got {p!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
+
+
 def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """The values a CPU kernel would refuse, for calls that run the reference. CPU tensors only."""
     if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_fake(q):

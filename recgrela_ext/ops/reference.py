@@ -26,6 +26,8 @@ from torch import Tensor
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _CHUNK = 64
+_DROPOUT_BLOCK = 1024  # kDropoutBlock of csrc/cpu/kernels.h
+_LOW = 2**32 - 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -279,3 +281,52 @@ def _packed(
         return result[real]
     out, state = result
     return out[real], state
+
+
+def activation_dropout(
+    x: Tensor, residual: Tensor | None = None, gelu: bool = False, p: float = 0.1, seed: int = 0
+) -> Tensor:
+    """residual + factors * act(x), factors of :func:`dropout_factors`; differentiable twice."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    out = (F.gelu(wide) if gelu else wide) * dropout_factors(x, p, seed)
+    return (out if residual is None else residual.to(out.dtype) + out).to(x.dtype)
+
+
+def dropout_factors(like: Tensor, p: float, seed: int) -> Tensor:
+    """0 where element i (row-major) is dropped, else 1 / (1 - p), in the shape of ``like``.
+
+    Every block of 1024 elements has a 64-bit key from splitmix64, with the low half a and the high
+    half b. Its element j is dropped when its word, read as int32, is below 2^32 p - 2^31 (rounded):
+
+        w = a + 0x9e3779b9 j;  w = (w ^ w >> 16) 0x7feb352d;  word = (w ^ w >> 15 ^ b) 0x846ca68b
+    """
+    dropped = min(round(p * 2**32), 2**32 - 1)
+    index = torch.arange(like.numel(), device=like.device)
+    key = _mix_bits(_mix_bits(torch.full_like(index, seed)) + index // _DROPOUT_BLOCK)
+    word = (key + 0x9E3779B9 * (index % _DROPOUT_BLOCK)) & _LOW
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & _LOW
+    word = ((word ^ (word >> 15) ^ (key >> 32 & _LOW)) * 0x846CA68B) & _LOW
+    kept = (word ^ 2**31) >= dropped  # 2^31 turns the order of int32 into that of uint32
+    scale = 2**32 / (2**32 - dropped)
+    return kept.view(like.shape).to(accumulate_dtype(like.dtype)) * scale
+
+
+def _mix_bits(z: Tensor) -> Tensor:
+    """splitmix64 of int64 numbers, which torch multiplies modulo 2^64."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shift_right(z, shift)) * _signed(factor)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return z >> bits & (1 << 64 - bits) - 1  # without the sign's copies
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64)  # of a word with its highest bit set
+
+
+def gelu_curvature(x: Tensor) -> Tensor:
+    """Second derivative of GELU(x) = x Phi(x): phi(x) (2 - x^2), phi the normal density."""
+    return torch.exp(-0.5 * x * x) * (2 - x * x) * (2 * torch.pi) ** -0.5

@@ -2,13 +2,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
+from recgrela_ext import _library
+from recgrela_ext.layers import FeedForward
 from recgrela_ext.layers.dropout import dropout
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
+    elif not _library.KERNEL_DEVICES:
+        pytest.skip("the compiled operators are absent or switched off")
+    return request.param
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_share_scale_and_gradient(p: float, dtype: torch.dtype) -> None:
+def test_share_scale_and_gradient(p: float, dtype: torch.dtype, path: str) -> None:
     x = torch.full((1001, 101), 3.0, dtype=dtype, requires_grad=True)
     out = dropout(x, p, training=True)
     kept = out != 0
@@ -17,12 +32,29 @@ def test_share_scale_and_gradient(p: float, dtype: torch.dtype) -> None:
     assert torch.allclose(out[kept].double(), torch.tensor(3 / (1 - p)).double(), rtol=1e-2)
     out.sum().backward()
     assert torch.equal(x.grad != 0, kept)
-    # neighbours share a random word, and still are independent
     pairs = (kept[:, 1:] & kept[:, :-1]).double().mean()
     assert abs(float(pairs) - (1 - p) ** 2) < 6 * spread
 
 
-def test_seeded_and_off_in_evaluation() -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_with_activation_and_residual(gelu: bool, with_residual: bool, path: str) -> None:
+    x, residual = torch.randn(50, 40), torch.randn(50, 40) if with_residual else None
+    act = F.gelu(x) if gelu else x
+    plain = act if residual is None else residual + act
+    for out in (
+        dropout(x, 0.5, False, residual, gelu),
+        dropout(x, 0.0, True, residual, gelu),
+    ):
+        assert torch.equal(out, plain)
+    out = dropout(x, 0.5, True, residual, gelu)
+    branch = out if residual is None else out - residual
+    kept = branch.abs() > 1e-6
+    assert 0.4 < float(kept.float().mean()) < 0.6
+    assert torch.allclose(branch, 2 * act * kept, atol=2e-6)
+
+
+def test_seeded_and_off_in_evaluation(path: str) -> None:
     x = torch.randn(7, 5)
     torch.manual_seed(1)
     first = dropout(x, 0.5, True)
@@ -30,13 +62,65 @@ def test_seeded_and_off_in_evaluation() -> None:
     torch.manual_seed(1)
     assert torch.equal(dropout(x, 0.5, True), first)
     assert not torch.equal(first, second)
+    state = torch.get_rng_state()
     assert dropout(x, 0.5, False) is x
     assert dropout(x, 0.0, True) is x
+    assert torch.equal(torch.get_rng_state(), state)
     assert dropout(x[:0], 0.5, True).shape == (0, 5)
     assert dropout(x, 1 - 1e-7, True).isfinite().all()
 
 
-def test_compiled() -> None:
+def test_residual_of_another_dtype(path: str) -> None:
+    """Under autocast the branch is bfloat16 and the stream float32."""
+    x, residual = torch.randn(30, 20, dtype=torch.bfloat16), torch.randn(30, 20)
+    out = dropout(x, 0.5, True, residual)
+    assert out.dtype == torch.float32
+    branch = out - residual
+    kept = branch.abs() > 1e-6
+    assert torch.allclose(branch, 2 * x.float() * kept, atol=2e-6)
+
+
+def test_compiled_and_exported() -> None:
     x = torch.ones(200, 50)
-    out = torch.compile(dropout, backend="aot_eager", fullgraph=True)(x, 0.5, True)
-    assert 0.45 < float((out == 2).float().mean()) < 0.55
+    compiled = torch.compile(dropout, backend="aot_eager", fullgraph=True)
+    first, second = compiled(x, 0.5, True), compiled(x, 0.5, True)
+    assert 0.45 < float((first == 2).float().mean()) < 0.55
+    assert not torch.equal(first, second)
+    layer = FeedForward(50, 0.5).train()
+    program = torch.export.export(layer, (x, x)).module()
+    torch.manual_seed(3)
+    first = program(x, x)
+    assert not torch.equal(first, program(x, x))
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        assert dropout(torch.empty(4, 3), 0.5, True).shape == (4, 3)
+
+
+def test_checkpointed() -> None:
+    """The forward that is run again in the backward draws the same mask."""
+    layer = FeedForward(16, 0.5).train()
+    x = torch.randn(20, 16, requires_grad=True)
+
+    def gradient(run: object) -> Tensor:
+        torch.manual_seed(5)
+        out = checkpoint(layer, x, x, use_reentrant=False) if run is checkpoint else layer(x, x)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    assert torch.equal(gradient(checkpoint), gradient(layer))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+def test_feed_forward(activation: str) -> None:
+    """In evaluation exactly the formula; without dropout the same while training."""
+    layer = FeedForward(16, 0.0, activation)
+    x, residual = torch.randn(9, 16), torch.randn(9, 16)
+    wanted = layer.fc2(getattr(F, activation)(layer.fc1(x)))
+    for training in (False, True):
+        layer.train(training)
+        assert torch.equal(layer(x), wanted)
+        assert torch.equal(layer(x, residual), residual + wanted)
+    dropped = FeedForward(16, 0.5, activation).eval()
+    dropped.load_state_dict(layer.state_dict())
+    assert torch.equal(dropped(x, residual), residual + wanted)

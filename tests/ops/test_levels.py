@@ -24,6 +24,7 @@ import sys, torch
 from recgrela_ext import build_info, ops
 from tests.ops.agreement import assert_agrees
 from tests.ops.problems import make_problem
+from tests.ops import test_activation_dropout as dropout
 from tests.ops.test_gated_rela_step import stepwise
 
 torch.manual_seed(0)
@@ -35,6 +36,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert_agrees(make_problem(L=3, D=D, dtype=dtype, **state), stepwise, backward=False)
     assert_agrees(make_problem(packed=[65, 0, 3], dtype=dtype), ops.gated_rela)
     assert_agrees(make_problem(L=65, lengths=[65, 2], dtype=dtype), ops.gated_rela)
+    dropout.test_the_mask_is_the_reference_s(5, dtype)
+    for options in dropout.MODES.values():
+        dropout.test_agrees_with_the_reference(options, dtype, 1025)
 """
 
 
@@ -137,6 +141,19 @@ def test_the_chunk_loops_are_vectors_throughout(level: str, register: str, name:
         assert wide >= 2, f"{head} has {wide} multiplications on {register}"
         assert narrow <= 4, f"{head} has {narrow} scalar multiplications"
         assert "call" not in body, f"{head} calls a function"
+
+
+@pytest.mark.parametrize(("level", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
+@pytest.mark.parametrize("name", ["activate_block", "differentiate_block"])
+def test_dropout_is_vectors(level: str, register: str, name: str) -> None:
+    """GELU has 8 multiply-adds of erfc, 6 of exp and 2 of the reciprocal; no erf is a call."""
+    loops = {h: b for h, b in functions(level, name).items() if "<float, float>" in h}
+    assert loops
+    for head, body in loops.items():
+        assert len(re.findall(rf"vpmulld\s.*%{register}", body)) >= 4, head
+        assert len(re.findall(rf"vfn?m(?:add|sub)\w+ps\s.*%{register}", body)) >= 16, head
+        assert not re.search(r"v(?:fn?m(?:add|sub)\w+|mul)ss\s", body), head
+        assert not re.search(r"call.*(?:exp|erf)", body), head
 
 
 @pytest.mark.parametrize("wide", ["zmm", "ymm"])
