@@ -1,6 +1,7 @@
 // What memory safety needs of the arguments of a raw torch.ops call; the public Python functions
 // check the same and more. A failed check throws std::invalid_argument, which Python sees as a
-// ValueError without a stack trace. Never throw inside parallel_for: the text is lost.
+// ValueError without a stack trace. Never throw inside parallel_for: the text is lost
+// (cpu/parallel.h).
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

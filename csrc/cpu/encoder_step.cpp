@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
+#include "parallel.h"
 #include "tensor_params.h"
 
 namespace recgrela {
@@ -78,9 +79,8 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
   p.active = static_cast<const bool*>(data_or_null(active));
 
   const Kernels& level = kernels();
-  torch::stable::parallel_for(
-      0, (B + kUsersAtOnce - 1) / kUsersAtOnce, 1,
-      [&](int64_t begin, int64_t end) { level.encoder_step(p, begin, end); });
+  run_parallel(op, (B + kUsersAtOnce - 1) / kUsersAtOnce, 1,
+               [&](int64_t begin, int64_t end) { level.encoder_step(p, begin, end); });
   return out;
 }
 

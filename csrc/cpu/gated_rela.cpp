@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
+#include "parallel.h"
 #include "tensor_params.h"
 
 namespace recgrela {
@@ -13,7 +14,6 @@ namespace {
 
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
-using torch::stable::parallel_for;
 
 constexpr int64_t kMaxGroups = 128;  // of sequences that share one partial weight gradient
 
@@ -35,7 +35,7 @@ void sum_groups(const Tensor& partial, const Tensor& total, int64_t groups) {
 
 // More threads than sequences and heads share the work on long histories: once for the sums of each
 // segment, once for the results. Both ways give the same bits.
-void run_kernel(GatedRelaParams& p, const Dims& d, const Tensor& like) {
+void run_kernel(const char* op, GatedRelaParams& p, const Dims& d, const Tensor& like) {
   const Kernels& level = kernels();
   const int64_t pairs = d.B * d.H;
   int64_t longest = d.L;
@@ -45,17 +45,17 @@ void run_kernel(GatedRelaParams& p, const Dims& d, const Tensor& like) {
   // Half of the work is done twice, so a few idle threads are not worth it.
   const bool split = longest > kSegment && pairs * 2 <= int64_t(torch::stable::get_num_threads());
   if (!split) {
-    parallel_for(0, pairs, grain_size(mean_length(d), d.D),
+    run_parallel(op, pairs, grain_size(mean_length(d), d.D),
                  [&](int64_t begin, int64_t end) { level.gated_rela(p, begin, end); });
     return;
   }
   p.segments = (longest + kSegment - 1) / kSegment;
   const Tensor sums = new_empty(like, {pairs, p.segments, d.D + 1, d.D}, d.acc);
   p.segment_sums = sums.mutable_data_ptr();
-  parallel_for(0, pairs * p.segments, 1,
+  run_parallel(op, pairs * p.segments, 1,
                [&](int64_t begin, int64_t end) { level.segment_sums(p, begin, end); });
   join_segments(p);
-  parallel_for(0, pairs * p.segments, 1,
+  run_parallel(op, pairs * p.segments, 1,
                [&](int64_t begin, int64_t end) { level.gated_rela(p, begin, end); });
 }
 
@@ -97,7 +97,7 @@ ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, Optional
     p.saved_k_sum = saved_k_sum.mutable_data_ptr();
   }
 
-  run_kernel(p, d, q);
+  run_kernel(op, p, d, q);
   return {out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum};
 }
 
@@ -166,7 +166,7 @@ BackwardResult run_backward(const char* op, Tensor grad_out, OptionalTensor grad
 
   const Kernels& level = kernels();
   const int64_t per_group = p.groups ? d.B / p.groups : 0;
-  parallel_for(0, p.groups * d.H, grain_size(per_group * mean_length(d), d.D),
+  run_parallel(op, p.groups * d.H, grain_size(per_group * mean_length(d), d.D),
                [&](int64_t begin, int64_t end) { level.gated_rela_backward(p, begin, end); });
   if (conv_weight) {
     const auto sum = d.acc == ScalarType::Double ? sum_groups<double> : sum_groups<float>;

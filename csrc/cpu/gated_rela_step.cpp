@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
+#include "parallel.h"
 #include "tensor_params.h"
 
 namespace recgrela {
@@ -87,9 +88,8 @@ Tensor gated_rela_step_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Te
   p.active = static_cast<const bool*>(data_or_null(active));
 
   const Kernels& level = kernels();
-  torch::stable::parallel_for(0, d.B * d.H, grain_size(d.D, d.D), [&](int64_t begin, int64_t end) {
-    level.gated_rela_step(p, begin, end);
-  });
+  run_parallel(op, d.B * d.H, grain_size(d.D, d.D),
+               [&](int64_t begin, int64_t end) { level.gated_rela_step(p, begin, end); });
   return out;
 }
 
