@@ -1,0 +1,326 @@
+// gated_rela forward, for head dims whose running sum fits into a warp's registers:
+//   num_t = S_t^T R phi(q_t),  den_t = phi(q_t).z_t + eps n_t,  o = num / den
+//   y = SiLU(g) (o + a),  a = SiLU(conv(v)),  S_t = sum R phi(k_s) v_s^T,  z_t = sum phi(k_s)
+// Every row is read once and written once, straight from and to global memory; shared memory only
+// hands the turned keys and queries from the lanes that own them to the lanes of their unit.
+//
+// A float32 sum that has grown large rounds every further item away. So the sums of the last
+// kRecentItems items stay apart, in registers, and those of all items before, the base, in shared
+// memory; sequences of at most kRecentItems items without an initial state have no base.
+//
+// Where B*H is too small to fill the device, sequences are cut into segments: a first launch
+// (kSums) sums each segment alone, and the second starts from the sums of the segments before.
+#pragma once
+#include "gated_rela.h"
+#include "warp_tile.cuh"
+
+namespace recgrela::cuda {
+
+constexpr int kForwardWarps = 2;  // per block
+
+struct ForwardArgs {
+  GatedRelaParams p;
+  int64_t groups, segments;  // of units; of a sequence
+  float *part_kv, *part_k_sum;  // [B*H, segments, D, D], [B*H, segments, D]
+  bool aligned, has_base;
+};
+
+template <class S, int D>
+struct ForwardTile : WarpTile<D, (D <= 16 ? 4 : 2)> {
+  using Base = WarpTile<D, (D <= 16 ? 4 : 2)>;
+  // Items that share one barrier, read ahead while the items before are worked on.
+  static constexpr int T = Base::E == 4 && !kTwoBytes<S> ? 2 : 4;
+  static constexpr int exchanged = Base::row_groups == 1 ? 2 : 3;  // keys, queries, and values
+  static constexpr int exchange = T * exchanged * Base::rows;
+  static constexpr int64_t warp_bytes(bool has_base) {
+    return int64_t(sizeof(float)) * (2 * exchange + (has_base ? Base::units * Base::state : 0));
+  }
+  using Base::Base;
+};
+
+template <class Tile>
+struct RunningSum {
+  float S[Tile::R][4], z[Tile::E], z_base[Tile::E];
+  float* base;  // this lane's part of its unit's base, nullptr without one
+  bool used;    // the base holds something
+
+  RECGRELA_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < Tile::R; ++i) {
+      for (int m = 0; m < 4; ++m) {
+        S[i][m] = 0.0f;
+        if (base) base[i * Tile::D + m] = 0.0f;
+      }
+    }
+    for (int e = 0; e < Tile::E; ++e) z[e] = z_base[e] = 0.0f;
+    used = false;
+  }
+  // base += a stored sum; from and k_sum are this lane's parts.
+  RECGRELA_DEVICE void add(const float* from, const float* k_sum) {
+#pragma unroll 4
+    for (int i = 0; i < Tile::R; ++i) {
+      for (int m = 0; m < 4; ++m) base[i * Tile::D + m] += from[i * Tile::D + m];
+    }
+    for (int e = 0; e < Tile::E; ++e) z_base[e] += k_sum[e];
+    used = true;
+  }
+  // The recent sums join the base.
+  RECGRELA_DEVICE void settle() {
+#pragma unroll
+    for (int i = 0; i < Tile::R; ++i) {
+      for (int m = 0; m < 4; ++m) {
+        base[i * Tile::D + m] += S[i][m];
+        S[i][m] = 0.0f;
+      }
+    }
+    for (int e = 0; e < Tile::E; ++e) {
+      z_base[e] += z[e];
+      z[e] = 0.0f;
+    }
+    used = true;
+  }
+  RECGRELA_DEVICE void store(float* to, float* k_sum, bool fill, float value) const {
+#pragma unroll
+    for (int i = 0; i < Tile::R; ++i) {
+      for (int m = 0; m < 4; ++m) {
+        const float sum = S[i][m] + (base ? base[i * Tile::D + m] : 0.0f);
+        to[i * Tile::D + m] = fill ? value : sum;
+      }
+    }
+    for (int e = 0; e < Tile::E; ++e) k_sum[e] = fill ? value : z[e] + z_base[e];
+  }
+};
+
+// What comes before the segment: the initial state and the segments before this one.
+template <class Tile>
+RECGRELA_DEVICE void start_sum(const ForwardArgs& args, const Tile& tile, const Unit& u,
+                               int64_t segment, bool sums, RunningSum<Tile>& sum) {
+  const GatedRelaParams& p = args.p;
+  constexpr int D = Tile::D;
+  sum.clear();
+  if (sums || !args.has_base) return;
+  if (p.initial.kv && u.real) {
+    sum.add(static_cast<const float*>(p.initial.kv) + u.b * p.initial.kv_stride + u.h * D * D +
+                tile.part(),
+            static_cast<const float*>(p.initial.k_sum) + u.b * p.initial.k_sum_stride + u.h * D +
+                tile.channel);
+  }
+  for (int64_t s = 0; s < segment && u.real; ++s) {
+    const int64_t at = u.index * args.segments + s;
+    sum.add(args.part_kv + at * D * D + tile.part(), args.part_k_sum + at * D + tile.channel);
+  }
+}
+
+// The last W - 1 values of the history, for the final state.
+template <class S, int E>
+RECGRELA_DEVICE void store_last_values(const GatedRelaParams& p, const Unit& u, int channel) {
+  for (int64_t r = 0; r < p.W - 1; ++r) {
+    float* to = static_cast<float*>(p.final.conv) + u.b * p.final.conv_stride + r * p.H * p.D +
+                u.h * p.D + channel;
+    value_at<S, E>(p, u, u.span.length - (p.W - 1) + r, channel, to);
+    for (int e = 0; e < E && !u.span.sound; ++e) to[e] = NAN;
+  }
+}
+
+template <class S, class Tile>
+RECGRELA_DEVICE void finish_forward(const ForwardArgs& args, const Tile& tile, const Unit& u,
+                                    const RunningSum<Tile>& sum) {
+  const GatedRelaParams& p = args.p;
+  constexpr int D = Tile::D, E = Tile::E;
+  if (!u.real || !u.last) return;
+  if (p.final.kv) {
+    sum.store(static_cast<float*>(p.final.kv) + u.b * p.final.kv_stride + u.h * D * D + tile.part(),
+              static_cast<float*>(p.final.k_sum) + u.b * p.final.k_sum_stride + u.h * D +
+                  tile.channel,
+              !u.span.sound, NAN);
+    store_last_values<S, E>(p, u, tile.channel);
+  }
+  if (!u.span.sound) fill_rows<S, E>(p.out, u, tile.channel, 0, u.span.length, NAN);
+  if (p.lengths) fill_rows<S, E>(p.out, u, tile.channel, u.span.length, p.L, 0.0f);
+}
+
+template <class S, int T, int E>
+struct Ahead {
+  Pack<S, E> q[T], k[T], v[T], gate[T];
+
+  template <bool kSums>
+  RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel, int64_t t0,
+                            bool aligned) {
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      const int64_t t = t0 + j;
+      if (t >= u.end) continue;
+      k[j] = load_pack<S, E>(row_at<const S>(p.k, u.span, t, u.h) + channel, aligned);
+      v[j] = load_pack<S, E>(row_at<const S>(p.v, u.span, t, u.h) + channel, aligned);
+      if (kSums) continue;
+      q[j] = load_pack<S, E>(row_at<const S>(p.q, u.span, t, u.h) + channel, aligned);
+      if (p.gate.data) {
+        gate[j] = load_pack<S, E>(row_at<const S>(p.gate, u.span, t, u.h) + channel, aligned);
+      }
+    }
+  }
+};
+
+// phi of a row that is there, 0 of one behind the segment's end.
+template <class S, int E>
+RECGRELA_DEVICE void map_row(const Pack<S, E>& raw, bool there, float* phi) {
+#pragma unroll
+  for (int e = 0; e < E; ++e) phi[e] = there ? feature_map<S>(widen(raw.at[e])) : 0.0f;
+}
+
+template <class S, int D, bool kSums>
+__global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(ForwardArgs args) {
+  using Tile = ForwardTile<S, D>;
+  constexpr int T = Tile::T, E = Tile::E;
+  const GatedRelaParams& p = args.p;
+  const int warp = int(threadIdx.x) / kWarp;
+  const int64_t task = int64_t(blockIdx.x) * kForwardWarps + warp;
+  if (task >= args.groups * args.segments) return;  // a whole warp, which shares no barrier
+  const Tile tile(int(threadIdx.x) % kWarp);
+  const int64_t segment = task % args.segments;
+  const Unit u = unit_of(p, task / args.segments * Tile::units + tile.unit, segment, args.segments);
+  const int64_t end = max_over_warp(u.end - u.begin);  // items of the longest unit
+
+  float* memory = reinterpret_cast<float*>(shared_memory()) +
+                  warp * (Tile::warp_bytes(args.has_base) / int64_t(sizeof(float)));
+  RunningSum<Tile> sum;
+  sum.base =
+      args.has_base ? memory + 2 * Tile::exchange + tile.unit * Tile::state + tile.part() : nullptr;
+  start_sum(args, tile, u, segment, kSums, sum);
+  Rotation<E> rotation(p.inv_freq + u.h * (D / 2) + tile.channel / 2);
+  Convolution<S, E> conv;
+  const bool augment = !kSums && p.conv_weight != nullptr;
+  if (augment) {
+    conv.load(p, u, tile.channel);
+    conv.start(p, u, tile.channel, u.begin);
+  }
+  const int64_t saved = u.real && u.span.sound ? first_chunk(p, u.span, u.b) : 0;
+
+  const float eps = float(p.eps), first = float(u.position + u.begin + 1);
+  Ahead<S, T, E> ahead;
+  ahead.template load<kSums>(p, u, tile.channel, u.begin, args.aligned);
+  int buffer = 0;
+  for (int64_t i0 = 0; i0 < end; i0 += T, buffer ^= 1) {
+    const int64_t t0 = u.begin + i0;
+    if (i0 != 0 && i0 % kRecentItems == 0 && args.has_base) sum.settle();
+    if (!kSums && p.saved_kv && i0 % kChunk == 0 && t0 < u.end) {
+      const int64_t at = (saved + t0 / kChunk) * p.H + u.h;
+      sum.store(static_cast<float*>(p.saved_kv) + at * D * D + tile.part(),
+                static_cast<float*>(p.saved_k_sum) + at * D + tile.channel, false, 0.0f);
+    }
+    float* keys = memory + buffer * Tile::exchange;
+    float* queries = keys + T * Tile::rows;
+    float* values = queries + T * Tile::rows;
+    float scale[T], v[T][E];
+    Pack<S, E> gate[T];
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      const bool there = t0 + j < u.end;
+      float phi_k[E], phi_q[E], turned[E];
+      map_row<S, E>(ahead.k[j], there, phi_k);
+      for (int e = 0; e < E; ++e) sum.z[e] += phi_k[e];
+      float den = 0.0f;
+      if (!kSums) {
+        map_row<S, E>(ahead.q[j], there, phi_q);
+        for (int e = 0; e < E; ++e) den += phi_q[e] * (sum.z[e] + sum.z_base[e]);
+        den = sum_over_unit<Tile>(den) + eps * (first + float(i0 + j));
+        scale[j] = 1.0f / den;
+        gate[j] = ahead.gate[j];
+      }
+      rotation.move_to(t0 + j, u.position);
+      rotation.turn(phi_k, turned);
+      store_shared<E>(turned, keys + j * Tile::rows + tile.own());
+      if (!kSums) {
+        rotation.turn(phi_q, turned);
+        store_shared<E>(turned, queries + j * Tile::rows + tile.own());
+      }
+      for (int e = 0; e < E; ++e) v[j][e] = there ? widen(ahead.v[j].at[e]) : 0.0f;
+      if (Tile::row_groups > 1) store_shared<E>(v[j], values + j * Tile::rows + tile.own());
+    }
+    if (i0 + T < end) ahead.template load<kSums>(p, u, tile.channel, t0 + T, args.aligned);
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      const float* key = keys + j * Tile::rows + tile.rows_begin();
+      const float* query = queries + j * Tile::rows + tile.rows_begin();
+      Quad value;
+      if constexpr (Tile::row_groups > 1) {
+        value = load_quad(values + j * Tile::rows + tile.columns());
+      } else {
+        value = {{v[j][0], v[j][1], v[j][2], v[j][3]}};
+      }
+      Quad num = scan_item<Tile, !kSums>(sum.S, key, query, value);
+      if (kSums) continue;
+      if (sum.used) add_base<Tile>(num, sum.base, query);
+      float y[E], pre[E];
+      gather_columns<Tile>(num, tile.group, y);
+      for (int e = 0; e < E; ++e) y[e] *= scale[j];
+      if (augment) {
+        conv.next(p, u, tile.channel, t0 + j, v[j], pre);
+        for (int e = 0; e < E; ++e) y[e] += silu<S>(pre[e]);
+      }
+      if (t0 + j >= u.end) continue;
+      if (p.gate.data) {
+        for (int e = 0; e < E; ++e) y[e] *= silu<S>(widen(gate[j].at[e]));
+      }
+      store_pack<S, E>(y, row_at<S>(p.out, u.span, t0 + j, u.h) + tile.channel, args.aligned);
+    }
+  }
+  if (kSums) {
+    if (!u.real) return;
+    const int64_t at = u.index * args.segments + segment;
+    sum.store(args.part_kv + at * D * D + tile.part(), args.part_k_sum + at * D + tile.channel,
+              false, 0.0f);
+    return;
+  }
+  finish_forward<S>(args, tile, u, sum);
+}
+
+// How many segments a sequence is cut into: a rule of the shape alone.
+inline int64_t segments_of(const GatedRelaParams& p, int64_t units) {
+  constexpr int64_t kWantedWarps = 768, kLeastItems = 256, kMost = 64;
+  const int64_t warps = (p.B * p.H + units - 1) / units;
+  const int64_t longest = p.cu_seqlens ? p.items : p.L;
+  const int64_t wanted = warps > 0 ? kWantedWarps / warps : 1;
+  const int64_t possible = longest / kLeastItems;
+  const int64_t segments = wanted < possible ? wanted : possible;
+  return segments < 1 ? 1 : (segments > kMost ? kMost : segments);
+}
+
+template <int D>
+int64_t forward_scratch(const GatedRelaParams& p) {
+  using Tile = ForwardTile<float, D>;
+  const int64_t segments = segments_of(p, Tile::units);
+  return segments > 1 ? p.B * p.H * segments * (D * D + D) * int64_t(sizeof(float)) : 0;
+}
+
+template <class S, int D>
+int run_forward(const GatedRelaParams& p, Stream stream) {
+  using Tile = ForwardTile<S, D>;
+  ForwardArgs args{};
+  args.p = p;
+  args.groups = (p.B * p.H + Tile::units - 1) / Tile::units;
+  args.segments = segments_of(p, Tile::units);
+  args.aligned = aligned_rows<S, Tile::E>({&p.q, &p.k, &p.v, &p.gate, &p.out});
+  const int64_t longest = p.cu_seqlens ? p.items : p.L;
+  args.has_base = longest > kRecentItems || p.initial.kv != nullptr || args.segments > 1;
+  args.part_kv = static_cast<float*>(p.scratch);
+  args.part_k_sum = args.part_kv ? args.part_kv + p.B * p.H * args.segments * D * D : nullptr;
+  const int64_t blocks = (args.groups * args.segments + kForwardWarps - 1) / kForwardWarps;
+  const int64_t bytes = kForwardWarps * Tile::warp_bytes(args.has_base);
+  if (args.segments > 1) {
+    const int error =
+        launch(forward_kernel<S, D, true>, blocks, kForwardWarps * kWarp, bytes, stream, args);
+    if (error != 0) return error;
+  }
+  return launch(forward_kernel<S, D, false>, blocks, kForwardWarps * kWarp, bytes, stream, args);
+}
+
+template <int D>
+int run_forward(const GatedRelaParams& p, Stream stream) {
+  if (p.dtype == DType::kFloat) return run_forward<float, D>(p, stream);
+  if (p.dtype == DType::kBFloat16) return run_forward<BFloat16, D>(p, stream);
+  return run_forward<Half, D>(p, stream);
+}
+
+}  // namespace recgrela::cuda
