@@ -29,7 +29,7 @@ template <class S, int D>
 struct ForwardTile : WarpTile<D, (D <= 16 ? 4 : 2)> {
   using Base = WarpTile<D, (D <= 16 ? 4 : 2)>;
   // Items that share one barrier, read ahead while the items before are worked on.
-  static constexpr int T = Base::E == 4 && !kTwoBytes<S> ? 2 : 4;
+  static constexpr int T = D == 64 || (Base::E == 4 && !kTwoBytes<S>) ? 2 : 4;
   static constexpr int exchanged = Base::row_groups == 1 ? 2 : 3;  // keys, queries, and values
   static constexpr int exchange = T * exchanged * Base::rows;
   static constexpr int64_t warp_bytes(bool has_base) {
@@ -139,37 +139,9 @@ RECGRELA_DEVICE void finish_forward(const ForwardArgs& args, const Tile& tile, c
   if (p.lengths) fill_rows<S, E>(p.out, u, tile.channel, u.span.length, p.L, 0.0f);
 }
 
-template <class S, int T, int E>
-struct Ahead {
-  Pack<S, E> q[T], k[T], v[T], gate[T];
-
-  template <bool kSums>
-  RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel, int64_t t0,
-                            bool aligned) {
-#pragma unroll
-    for (int j = 0; j < T; ++j) {
-      const int64_t t = t0 + j;
-      if (t >= u.end) continue;
-      k[j] = load_pack<S, E>(row_at<const S>(p.k, u.span, t, u.h) + channel, aligned);
-      v[j] = load_pack<S, E>(row_at<const S>(p.v, u.span, t, u.h) + channel, aligned);
-      if (kSums) continue;
-      q[j] = load_pack<S, E>(row_at<const S>(p.q, u.span, t, u.h) + channel, aligned);
-      if (p.gate.data) {
-        gate[j] = load_pack<S, E>(row_at<const S>(p.gate, u.span, t, u.h) + channel, aligned);
-      }
-    }
-  }
-};
-
-// phi of a row that is there, 0 of one behind the segment's end.
-template <class S, int E>
-RECGRELA_DEVICE void map_row(const Pack<S, E>& raw, bool there, float* phi) {
-#pragma unroll
-  for (int e = 0; e < E; ++e) phi[e] = there ? feature_map<S>(widen(raw.at[e])) : 0.0f;
-}
-
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(ForwardArgs args) {
+__global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
+    const __grid_constant__ ForwardArgs args) {
   using Tile = ForwardTile<S, D>;
   constexpr int T = Tile::T, E = Tile::E;
   const GatedRelaParams& p = args.p;
@@ -200,6 +172,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(ForwardAr
   Ahead<S, T, E> ahead;
   ahead.template load<kSums>(p, u, tile.channel, u.begin, args.aligned);
   int buffer = 0;
+#pragma unroll 1
   for (int64_t i0 = 0; i0 < end; i0 += T, buffer ^= 1) {
     const int64_t t0 = u.begin + i0;
     if (i0 != 0 && i0 % kRecentItems == 0 && args.has_base) sum.settle();
@@ -274,17 +247,6 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(ForwardAr
     return;
   }
   finish_forward<S>(args, tile, u, sum);
-}
-
-// How many segments a sequence is cut into: a rule of the shape alone.
-inline int64_t segments_of(const GatedRelaParams& p, int64_t units) {
-  constexpr int64_t kWantedWarps = 768, kLeastItems = 256, kMost = 64;
-  const int64_t warps = (p.B * p.H + units - 1) / units;
-  const int64_t longest = p.cu_seqlens ? p.items : p.L;
-  const int64_t wanted = warps > 0 ? kWantedWarps / warps : 1;
-  const int64_t possible = longest / kLeastItems;
-  const int64_t segments = wanted < possible ? wanted : possible;
-  return segments < 1 ? 1 : (segments > kMost ? kMost : segments);
 }
 
 template <int D>

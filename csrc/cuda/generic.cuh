@@ -13,10 +13,11 @@ struct GenericArgs {
   void* scratch;
 };
 
-// Scratch of one unit, in elements: two sums of two parts; and backward, by item, dnum and dpre.
+// Scratch, in elements: by unit, a sum of two parts and the convolution's gradients; backward also,
+// by item, dnum, dpre and dden.
 template <class A>
 struct GenericScratch {
-  A *S, *S_base, *dweight, *dbias;
+  A *S, *S_base, *dparams;  // dparams: [B, H*D, W + 1] in all
   A *dnum, *dpre, *dden;  // [items, D], [items, D], [items]
 
   static int64_t unit_size(const GatedRelaParams& p, bool backward) {
@@ -34,10 +35,8 @@ struct GenericScratch {
     S_base = S + D * D;
     if (!backward) return;
     at += units * 2 * D * D;
-    dweight = at + u.index * D * p.W;  // [B, H*D, W]
-    at += units * D * p.W;
-    dbias = at + u.index * D;  // [B, H*D]
-    at += units * D;
+    dparams = at + u.index * D * (p.W + 1);
+    at += units * D * (p.W + 1);
     const int64_t all = p.cu_seqlens ? p.items : p.B * p.L;
     const int64_t first = (p.cu_seqlens ? u.span.start : u.b * p.L) + u.h * all;
     dnum = at + first * D;
@@ -55,12 +54,16 @@ struct GenericRows {
     return (count * D + kGenericThreads / kWarp) * int64_t(sizeof(A));
   }
   RECGRELA_DEVICE explicit GenericRows(int64_t D) {
-    A* at = reinterpret_cast<A*>(shared_memory());
-    for (A** row : {&phi_q, &phi_k, &rot_q, &rot_k, &v, &dnum, &drot, &z, &z_base}) {
-      *row = at;
-      at += D;
-    }
-    warps = at;
+    phi_q = reinterpret_cast<A*>(shared_memory());
+    phi_k = phi_q + D;
+    rot_q = phi_k + D;
+    rot_k = rot_q + D;
+    v = rot_k + D;
+    dnum = v + D;
+    drot = dnum + D;
+    z = drot + D;
+    z_base = z + D;
+    warps = z_base + D;
   }
 };
 
@@ -219,9 +222,12 @@ struct Generic {
       __syncthreads();
     }
     if (p.final.kv) finish_state();
+    fill_behind(p.out);
+  }
+  RECGRELA_DEVICE void fill_behind(const Rows& to) const {
     RECGRELA_EACH(j, D) {
-      if (!u.span.sound) fill_rows<S, 1>(p.out, u, j, 0, u.span.length, A(NAN));
-      if (p.lengths) fill_rows<S, 1>(p.out, u, j, u.span.length, p.L, A(0));
+      if (!u.span.sound) fill_rows<S, 1>(to, u, j, 0, u.span.length, A(NAN));
+      if (p.lengths) fill_rows<S, 1>(to, u, j, u.span.length, p.L, A(0));
     }
   }
   RECGRELA_DEVICE void save(int64_t at) {
@@ -243,8 +249,159 @@ struct Generic {
   }
 };
 
+// Backward, first forward in time for dq, dgate, dnum, dden and dpre, then back for dk and dv.
 template <class S>
-__global__ void __launch_bounds__(kGenericThreads) generic_forward_kernel(GenericArgs args) {
+struct GenericBackward : Generic<S> {
+  using Base = Generic<S>;
+  using A = typename Base::A;
+  using Base::D, Base::p, Base::rows, Base::scratch, Base::u;
+  const GatedRelaBackwardParams& b;
+
+  RECGRELA_DEVICE GenericBackward(const GatedRelaBackwardParams& params, int64_t index, void* memory)
+      : Base(params.forward, index, memory, true), b(params) {}
+
+  RECGRELA_DEVICE void forward_item(int64_t t) {
+    this->stage(t);
+    const A den = this->denominator(t);
+    A dot = A(0);
+    RECGRELA_EACH(j, D) {
+      const A o = this->column_forward(j) / den;
+      A d_o = this->load(b.grad_out, t, j), a = A(0), slope = A(0);
+      if (p.conv_weight) silu_with_slope<S>(this->pre_activation(t, j), &a, &slope);
+      if (p.gate.data) {
+        A value, gate_slope;
+        silu_with_slope<S>(this->load(p.gate, t, j), &value, &gate_slope);
+        this->store(d_o * (o + a) * gate_slope, b.dgate, t, j);
+        d_o *= value;
+      }
+      scratch.dpre[t * D + j] = d_o * slope;
+      rows.dnum[j] = scratch.dnum[t * D + j] = d_o / den;
+      dot += d_o * o;
+      if (p.conv_weight) add_dparams(t, j, d_o * slope);
+    }
+    const A dden = -sum_over_block(dot, rows.warps) / den;
+    if (threadIdx.x == 0) scratch.dden[t] = dden;
+    RECGRELA_EACH(i, D) {
+      A sum = A(0);
+      for (int64_t j = 0; j < D; ++j) {
+        sum += (scratch.S[i * D + j] + scratch.S_base[i * D + j]) * rows.dnum[j];
+      }
+      rows.drot[i] = sum;
+    }
+    __syncthreads();
+    store_turned_back(t, rows.phi_q, b.dq, dden);
+    __syncthreads();
+  }
+  // dphi = R^T drot + scale * (z + z_base), times the slope of phi.
+  RECGRELA_DEVICE void store_turned_back(int64_t t, const A* phi, const Rows& to, A scale) {
+    RECGRELA_EACH(i, D / 2) {
+      A c, s, turned[2];
+      rotation_at(p.inv_freq[u.h * (D / 2) + i], u.position + t, &c, &s);
+      Base::turn(rows.drot + 2 * i, turned, c, -s);
+      for (int64_t e = 0; e < 2; ++e) {
+        const int64_t d = 2 * i + e;
+        const A dphi = turned[e] + scale * (rows.z[d] + rows.z_base[d]);
+        this->store(dphi * slope_of(phi[d]), to, t, d);
+      }
+    }
+  }
+  RECGRELA_DEVICE void add_dparams(int64_t t, int64_t j, A dpre) {
+    A* to = scratch.dparams + j * (p.W + 1);
+    for (int64_t tap = 0; tap < p.W; ++tap) {
+      A value;
+      value_at<S, 1>(p, u, t - (p.W - 1) + tap, j, &value);
+      to[tap] += dpre * value;
+    }
+    to[p.W] += dpre;
+  }
+
+  // The running sum is T now, and z is y.
+  RECGRELA_DEVICE void backward_item(int64_t t) {
+    this->stage(t);
+    const A dden = scratch.dden[t];
+    RECGRELA_EACH(d, D) {
+      rows.z[d] += dden * rows.phi_q[d];
+      rows.dnum[d] = scratch.dnum[t * D + d];
+    }
+    RECGRELA_EACH(j, D) {
+      A dv = A(0);
+      for (int64_t i = 0; i < D; ++i) {
+        A& sum = scratch.S[i * D + j];
+        sum += rows.rot_q[i] * scratch.dnum[t * D + j];
+        dv += rows.rot_k[i] * (sum + scratch.S_base[i * D + j]);
+      }
+      for (int64_t tap = 0; tap < p.W && p.conv_weight; ++tap) {
+        const int64_t behind = t + p.W - 1 - tap;
+        if (behind < u.end) dv += this->weight(j)[tap] * scratch.dpre[behind * D + j];
+      }
+      const int64_t r = t - (u.end - (p.W - 1));
+      if (b.grad_final.conv && r >= 0) dv += grad_final_conv(r, j);
+      this->store(dv, b.dv, t, j);
+    }
+    __syncthreads();
+    RECGRELA_EACH(i, D) {
+      A sum = A(0);
+      for (int64_t j = 0; j < D; ++j) {
+        sum += (scratch.S[i * D + j] + scratch.S_base[i * D + j]) * rows.v[j];
+      }
+      rows.drot[i] = sum;
+    }
+    __syncthreads();
+    store_turned_back(t, rows.phi_k, b.dk, A(1));
+    __syncthreads();
+  }
+  RECGRELA_DEVICE A grad_final_conv(int64_t r, int64_t j) const {
+    const A* from = static_cast<const A*>(b.grad_final.conv);
+    return from[u.b * b.grad_final.conv_stride + r * p.H * D + u.h * D + j];
+  }
+
+  RECGRELA_DEVICE void run() {
+    RECGRELA_EACH(i, D * (p.W + 1)) scratch.dparams[i] = u.span.sound ? A(0) : A(NAN);
+    this->start(p.initial);
+    for (int64_t t = 0; t < u.end; ++t) {
+      if (t != 0 && t % kRecentItems == 0) this->settle();
+      forward_item(t);
+    }
+    __syncthreads();
+    this->start(b.grad_final);
+    for (int64_t t = u.end - 1; t >= 0; --t) {
+      const int64_t done = u.end - 1 - t;
+      if (done != 0 && done % kRecentItems == 0) this->settle();
+      backward_item(t);
+    }
+    if (b.grad_initial.kv) store_grad_initial();
+    this->fill_behind(b.dq);
+    this->fill_behind(b.dk);
+    this->fill_behind(b.dv);
+    this->fill_behind(b.dgate);
+  }
+  RECGRELA_DEVICE void store_grad_initial() {
+    this->store_sum(b.grad_initial, u.span.sound);
+    for (int64_t r = 0; r < p.W - 1; ++r) {
+      A* to = static_cast<A*>(b.grad_initial.conv) + u.b * b.grad_initial.conv_stride +
+              r * p.H * D + u.h * D;
+      RECGRELA_EACH(j, D) {
+        A sum = A(0);
+        for (int64_t tap = 0; tap <= r && p.conv_weight; ++tap) {
+          if (r - tap < u.end) sum += this->weight(j)[tap] * scratch.dpre[(r - tap) * D + j];
+        }
+        if (b.grad_final.conv && r >= u.end && u.span.sound) sum += grad_final_conv(r - u.end, j);
+        to[j] = u.span.sound ? sum : A(NAN);
+      }
+    }
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(kGenericThreads) generic_backward_kernel(
+    const __grid_constant__ GenericArgs args) {
+  GenericBackward<S> unit(args.p, int64_t(blockIdx.x), args.scratch);
+  unit.run();
+}
+
+template <class S>
+__global__ void __launch_bounds__(kGenericThreads) generic_forward_kernel(
+    const __grid_constant__ GenericArgs args) {
   Generic<S> unit(args.p.forward, int64_t(blockIdx.x), args.scratch, false);
   unit.forward();
 }

@@ -26,8 +26,9 @@ RECGRELA_DEVICE Unit unit_of(const GatedRelaParams& p, int64_t index, int64_t se
   if (!u.span.sound) return u;
   const int64_t chunks = (u.span.length + kChunk - 1) / kChunk;
   const int64_t share = (chunks + segments - 1) / segments * kChunk;
-  u.begin = clamp(segment * share, 0, u.span.length);
-  u.end = u.last ? u.span.length : clamp((segment + 1) * share, 0, u.span.length);
+  u.begin = segment * share;  // a whole chunk even where it is behind the sequence's end
+  const int64_t end = u.last ? u.span.length : clamp(u.begin + share, 0, u.span.length);
+  u.end = end > u.begin ? end : u.begin;
   return u;
 }
 

@@ -21,9 +21,9 @@ struct WarpTile {
   static constexpr int D = D_, E = E_;
   static constexpr int LU = D / E, units = kWarp / LU;
   static constexpr int row_groups = 4 / E, R = D / row_groups;
-  // A row of D floats in shared memory, its row groups and units four banks apart.
-  static constexpr int row = row_groups * (R + 4);
-  static constexpr int rows = units * row;
+  // One item's rows of all units in shared memory; every 32 floats are four banks further on, so
+  // that row groups and units meet different banks.
+  static constexpr int rows = units * D + 4 * (units * D / 32);
   static constexpr int state = D * D + 16;  // one unit's [D, D] in shared memory
 
   int unit, l, group, column, channel;  // column: the first of this lane's 4
@@ -33,12 +33,17 @@ struct WarpTile {
         channel(l * E) {}
 
   // Where this lane's channels, its row group and its columns are in a shared row.
-  RECGRELA_DEVICE int own() const { return unit * row + at(channel); }
-  RECGRELA_DEVICE int rows_begin() const { return unit * row + group * (R + 4); }
-  RECGRELA_DEVICE int columns() const { return unit * row + at(column); }
-  static constexpr RECGRELA_DEVICE int at(int d) { return d + 4 * (d / R); }
-  // The first element of this lane's part of a [D, D] in global or shared memory.
+  RECGRELA_DEVICE int own() const { return at(channel); }
+  RECGRELA_DEVICE int rows_begin() const { return at(group * R); }
+  RECGRELA_DEVICE int columns() const { return at(column); }
+  RECGRELA_DEVICE int at(int d) const {
+    const int c = unit * D + d;
+    return c + 4 * (c / 32);
+  }
+  // The first element of this lane's part of a [D, D] in global or shared memory, and of its part
+  // of the transposed one.
   RECGRELA_DEVICE int part() const { return group * R * D + column; }
+  RECGRELA_DEVICE int transposed_part() const { return column * D + group * R; }
 };
 
 struct Quad {
@@ -93,6 +98,21 @@ RECGRELA_DEVICE void add_base(Quad& sum, const float* base, const float* c) {
   }
 }
 
+// The same with base transposed: sum_m += base[m] . c, base at this lane's columns and row group.
+template <class Tile>
+RECGRELA_DEVICE void add_transposed_base(Quad& sum, const float* base, const float* c) {
+#pragma unroll 4
+  for (int i = 0; i < Tile::R; i += 4) {
+    const Quad query = load_quad(c + i);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const Quad row = load_quad(base + m * Tile::D + i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum.at[m] += query.at[n] * row.at[n];
+    }
+  }
+}
+
 // From four columns, one part per row group, to this lane's channels.
 template <class Tile>
 RECGRELA_DEVICE void gather_columns(const Quad& sum, int group, float* own) {
@@ -111,7 +131,8 @@ RECGRELA_DEVICE void gather_columns(const Quad& sum, int group, float* own) {
 template <class Tile>
 RECGRELA_DEVICE float sum_over_unit(float x) {
 #pragma unroll
-  for (int lanes = 1; lanes < Tile::LU; lanes *= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  for (int lanes = 1; lanes < Tile::LU; lanes *= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
 }
 
@@ -150,12 +171,27 @@ struct Rotation {
       c[i] = cosine;
     }
   }
+  RECGRELA_DEVICE void go_back() {
+    for (int i = 0; i < pairs; ++i) {
+      const float cosine = c[i] * step_c[i] + s[i] * step_s[i];
+      s[i] = s[i] * step_c[i] - c[i] * step_s[i];
+      c[i] = cosine;
+    }
+  }
   // Item t of the sequence, the one before it being t - 1 unless t is a multiple of kAnchor.
   RECGRELA_DEVICE void move_to(int64_t t, int64_t start) {
     if (t % kAnchor == 0) {
       set(start + t);
     } else {
       advance();
+    }
+  }
+  // The same from t + 1 on, or from nowhere where t + 1 is a multiple of kAnchor.
+  RECGRELA_DEVICE void move_back_to(int64_t t, int64_t start) {
+    if ((t + 1) % kAnchor == 0) {
+      set(start + t);
+    } else {
+      go_back();
     }
   }
   RECGRELA_DEVICE void turn(const float* x, float* to) const {
@@ -191,7 +227,7 @@ struct Convolution {
   }
   RECGRELA_DEVICE void start(const GatedRelaParams& p, const Unit& u, int channel, int64_t t) {
     for (int r = 0; r < 3; ++r) {
-      if (u.real && u.span.sound) {
+      if (u.real && u.span.sound && t - 3 + r < u.span.length) {
         value_at<S, E>(p, u, t - 3 + r, channel, window[r]);
       } else {
         for (int e = 0; e < E; ++e) window[r][e] = 0.0f;
@@ -217,5 +253,46 @@ struct Convolution {
     }
   }
 };
+
+// Rows read ahead of their use: T items of this lane's channels.
+template <class S, int T, int E>
+struct Ahead {
+  Pack<S, E> q[T], k[T], v[T], gate[T];
+
+  template <bool kSums>
+  RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel, int64_t t0,
+                            bool aligned) {
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      const int64_t t = t0 + j;
+      if (t >= u.end) continue;
+      k[j] = load_pack<S, E>(row_at<const S>(p.k, u.span, t, u.h) + channel, aligned);
+      v[j] = load_pack<S, E>(row_at<const S>(p.v, u.span, t, u.h) + channel, aligned);
+      if (kSums) continue;
+      q[j] = load_pack<S, E>(row_at<const S>(p.q, u.span, t, u.h) + channel, aligned);
+      if (p.gate.data) {
+        gate[j] = load_pack<S, E>(row_at<const S>(p.gate, u.span, t, u.h) + channel, aligned);
+      }
+    }
+  }
+};
+
+// phi of a row that is there, 0 of one behind the segment's end.
+template <class S, int E>
+RECGRELA_DEVICE void map_row(const Pack<S, E>& raw, bool there, float* phi) {
+#pragma unroll
+  for (int e = 0; e < E; ++e) phi[e] = there ? feature_map<S>(widen(raw.at[e])) : 0.0f;
+}
+
+// How many segments a sequence is cut into: a rule of the shape alone.
+inline int64_t segments_of(const GatedRelaParams& p, int64_t units) {
+  constexpr int64_t kWantedWarps = 768, kLeastItems = 256, kMost = 64;
+  const int64_t warps = (p.B * p.H + units - 1) / units;
+  const int64_t longest = p.cu_seqlens ? p.items : p.L;
+  const int64_t wanted = warps > 0 ? kWantedWarps / warps : 1;
+  const int64_t possible = longest / kLeastItems;
+  const int64_t segments = wanted < possible ? wanted : possible;
+  return segments < 1 ? 1 : (segments > kMost ? kMost : segments);
+}
 
 }  // namespace recgrela::cuda

@@ -51,9 +51,9 @@ std::vector<Warp> warps;
 std::vector<unsigned char> shared;
 unsigned char* shared_start = nullptr;
 ucontext_t scheduler;
-const void* scheduler_stack = nullptr;
-std::size_t scheduler_size = 0;
-void* scheduler_fake = nullptr;
+[[maybe_unused]] const void* scheduler_stack = nullptr;
+[[maybe_unused]] std::size_t scheduler_size = 0;
+[[maybe_unused]] void* scheduler_fake = nullptr;
 const std::function<void()>* body = nullptr;
 
 [[noreturn]] void stop(const char* what) {

@@ -41,12 +41,54 @@ void check_forward(const Case& c, const reference::Problem& p, const reference::
   (void)p;
 }
 
+// The scale of gradients is the largest of the whole tensor: R^T (S dnum) and dden z cancel, at a
+// sequence's first item to nothing.
+void check_backward(const Case& c, const reference::Problem& p, Run& run) {
+  Random random(5);
+  const int64_t C = p.H * p.D;
+  const Values dy = random.values(p.items * C, c.dtype);
+  reference::Result dfinal;
+  if (c.grad_final) {
+    dfinal = {{},
+              random.values(p.B * C * p.D, run.acc),
+              random.values(p.B * C, run.acc),
+              random.values(p.B * (p.W - 1) * C, run.acc)};
+  }
+  const reference::Gradients expected = reference::backward(p, dy, dfinal);
+  const int error = run.backward(dy, dfinal);
+  expect(error == 0, c.name, "launch backward", error);
+  const double limit = c.dtype == DType::kFloat    ? 40
+                       : c.dtype == DType::kDouble ? 200
+                                                   : 0.75;
+  const auto rows = [&](const char* what, RowBuffer& got, const Values& wanted) {
+    const double off = error_of(got.values(), wanted, int64_t(wanted.size()), digits_of(c.dtype));
+    expect(off <= limit, c.name, what, off);
+    expect(got.gaps_untouched(), c.name, "nothing is written between the rows", 0);
+  };
+  rows("dq", run.dq, expected.q);
+  rows("dk", run.dk, expected.k);
+  rows("dv", run.dv, expected.v);
+  if (c.gate) rows("dgate", run.dgate, expected.gate);
+  const int digits = digits_of(run.acc);
+  const auto dense = [&](const char* what, const Dense& got, const Values& wanted, int64_t width) {
+    const double off = error_of(got.values(), wanted, width, digits);
+    expect(off <= (run.acc == DType::kDouble ? 200 : 40), c.name, what, off);
+  };
+  if (c.conv) dense("dweight", run.dweight, expected.weight, C * p.W);
+  if (c.conv && c.bias) dense("dbias", run.dbias, expected.bias, C);
+  if (!c.initial) return;
+  dense("dkv", run.dkv, expected.kv, p.D * p.D);
+  dense("dk_sum", run.dk_sum, expected.k_sum, p.D);
+  if (p.W > 1) dense("dconv", run.dconv, expected.conv, C);
+}
+
 void run_case(const Case& c, unsigned seed) {
   const reference::Problem p = random_problem(c, seed);
   Run run(c, p);
-  const int error = run.forward(false);
+  const int error = run.forward(true);
   expect(error == 0, c.name, "launch", error);
   check_forward(c, p, reference::forward(p), run);
+  check_backward(c, p, run);
 }
 
 std::string text_of(const Case& c) {
