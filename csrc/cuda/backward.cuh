@@ -90,20 +90,26 @@ struct Backward {
   }
   RECGRELA_DEVICE void load_row(const Rows& rows, int64_t t, float* to) const {
     const Pack<S, E> pack = load_pack<S, E>(row(rows, t), args.aligned);
+#pragma unroll
     for (int e = 0; e < E; ++e) to[e] = widen(pack.at[e]);
   }
 
   // T and y start with the gradient of the final state and the sums of the segments behind.
   RECGRELA_DEVICE void start() {
+#pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         T_sum[tile.part() + n * D + m] = 0.0f;
         if (args.has_base) T_base[tile.part() + n * D + m] = 0.0f;
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       y[e] = y_base[e] = dbias[e] = 0.0f;
+#pragma unroll
       for (int j = 0; j < 4; ++j) dweight[j][e] = 0.0f;
+#pragma unroll
       for (int r = 0; r < 3; ++r) later[r][e] = 0.0f;
     }
     base_used = false;
@@ -119,27 +125,38 @@ struct Backward {
       add_to_base(args.part_kv + at * D * D, args.part_k_sum + at * D);
     }
     if (!kSums && f.conv_weight && u.real && u.span.sound) {
-      for (int r = 0; r < 3; ++r) dpre_at(u.end + r, later[r]);
+#pragma unroll 1
+      for (int r = 2; r >= 0; --r) {
+        float behind[E];
+        dpre_at(u.end + r, behind);
+        push_later(behind);
+      }
     }
     __syncwarp();
   }
   RECGRELA_DEVICE void add_to_base(const float* kv, const float* k_sum) {
+#pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         T_base[tile.part() + n * D + m] += kv[tile.part() + n * D + m];
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) y_base[e] += k_sum[tile.channel + e];
     base_used = true;
   }
   RECGRELA_DEVICE void settle() {
+#pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int at = tile.part() + n * D + m;
         T_base[at] += T_sum[at];
         T_sum[at] = 0.0f;
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       y_base[e] += y[e];
       y[e] = 0.0f;
@@ -150,6 +167,7 @@ struct Backward {
 
   // dpre of any item, from the rows; 0 behind the sequence's end.
   RECGRELA_DEVICE void dpre_at(int64_t t, float* to) const {
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       to[e] = 0.0f;
       if (t >= u.span.length) continue;
@@ -178,8 +196,10 @@ struct Backward {
     const float* k_sum = static_cast<const float*>(f.saved_k_sum) + (slot * f.H + u.h) * D;
 #pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) sum[n][m] = there ? kv[tile.part() + n * D + m] : 0.0f;
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) z_start[e] = there ? k_sum[tile.channel + e] : 0.0f;
     Ahead<S, T, E> ahead;
     if (chunk < t1) ahead.template load<true>(f, u, tile.channel, chunk, args.aligned);
@@ -193,6 +213,7 @@ struct Backward {
         map_row<S, E>(ahead.k[j], here, phi);
         rotation.move_to(t0 + j, u.position);
         rotation.turn(phi, turned);
+#pragma unroll
         for (int e = 0; e < E; ++e) {
           z_start[e] += phi[e];
           v[e] = here ? widen(ahead.v[j].at[e]) : 0.0f;
@@ -210,6 +231,7 @@ struct Backward {
     }
 #pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) S_start[tile.part() + n * D + m] = sum[n][m];
     }
     __syncwarp();
@@ -237,6 +259,7 @@ struct Backward {
         map_row<S, E>(ahead.q[j], there, phi_q);
         map_row<S, E>(ahead.k[j], there, phi_k);
         float den = 0.0f;
+#pragma unroll
         for (int e = 0; e < E; ++e) {
           z[e] += phi_k[e];
           den += phi_q[e] * z[e];
@@ -264,11 +287,14 @@ struct Backward {
                                    load_quad(item(values, i0 + j) + tile.columns()));
         float o[E];
         gather_columns<Tile>(num, tile.group, o);
+#pragma unroll
         for (int e = 0; e < E; ++e) o[e] *= scale[j];
         differentiate(i0 + j, t0 + j, scale[j], o, gate[j], dy[j], tile_dweight, tile_dbias);
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) {
+#pragma unroll
       for (int j = 0; j < 4; ++j) dweight[j][e] += tile_dweight[j][e];
       dbias[e] += tile_dbias[e];
     }
@@ -288,11 +314,14 @@ struct Backward {
     float v[E], pre[E] = {}, window[3][E];
     own_row(values, j, v);
     if (f.conv_weight) {
+#pragma unroll
       for (int r = 0; r < 3; ++r) {
+#pragma unroll
         for (int e = 0; e < E; ++e) window[r][e] = conv.window[r][e];
       }
       conv.next(f, u, tile.channel, t, v, pre);
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       float d_o = there ? widen(raw_dy.at[e]) : 0.0f, a = 0.0f, slope = 0.0f;
       if (f.conv_weight) silu_with_slope<S>(pre[e], &a, &slope);
@@ -313,7 +342,9 @@ struct Backward {
     if (kSums || !there) return;
     if (f.gate.data) store_pack<S, E>(dgate, row(p.dgate, t), args.aligned);
     if (f.conv_weight == nullptr) return;
+#pragma unroll
     for (int e = 0; e < E; ++e) {
+#pragma unroll
       for (int r = 0; r < 3; ++r) tile_dweight[r][e] += dpre[e] * window[r][e];
       tile_dweight[3][e] += dpre[e] * v[e];
       tile_dbias[e] += dpre[e];
@@ -325,6 +356,7 @@ struct Backward {
     for (int64_t tap = 0; tap < f.W - 4; ++tap) {
       float old[E];
       value_at<S, E>(f, u, t - (f.W - 1) + tap, tile.channel, old);
+#pragma unroll
       for (int e = 0; e < E; ++e) dparams_at(e)[tap] += dpre[e] * old[e];
     }
   }
@@ -351,6 +383,7 @@ struct Backward {
       rotation.turn_back(key, phi_k);
       rotation.turn_back(query, phi_q);
       rotation.turn_back(turned, dphi);
+#pragma unroll
       for (int e = 0; e < E; ++e) {
         z[e] += phi_k[e];
         dphi[e] = (dphi[e] + ddens[j] * z[e]) * slope_of(phi_q[e]);
@@ -364,6 +397,7 @@ struct Backward {
 #pragma unroll
       for (int n = 0; n < R; n += 4) {
         const Quad quad = load_quad(from + tile.transposed_part() + m * D + n);
+#pragma unroll
         for (int i = 0; i < 4; ++i) sum[n + i][m] = quad.at[i];
       }
     }
@@ -380,6 +414,7 @@ struct Backward {
       float query[E], phi_q[E];
       own_row(queries, j, query);
       rotation.turn_back(query, phi_q);
+#pragma unroll
       for (int e = 0; e < E; ++e) y[e] += ddens[j] * phi_q[e];
       if (kSums) continue;
       const float* value = item(values, j) + tile.rows_begin();
@@ -391,6 +426,7 @@ struct Backward {
       own_row(keys, j, key);
       rotation.turn_back(key, phi_k);
       rotation.turn_back(turned, dphi);
+#pragma unroll
       for (int e = 0; e < E; ++e) dphi[e] = (dphi[e] + y_base[e] + y[e]) * slope_of(phi_k[e]);
       if (t < u.end) store_pack<S, E>(dphi, row(p.dk, t), args.aligned);
     }
@@ -402,6 +438,7 @@ struct Backward {
     float sum[R][4];
 #pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) sum[n][m] = T_sum[tile.part() + n * D + m];
     }
 #pragma unroll 1
@@ -421,6 +458,7 @@ struct Backward {
     }
 #pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) T_sum[tile.part() + n * D + m] = sum[n][m];
     }
     __syncwarp();
@@ -429,17 +467,25 @@ struct Backward {
   RECGRELA_DEVICE void add_conv(int j, int64_t t, float* dv) {
     float dpre[E];
     own_row(dpres, j, dpre);
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       dv[e] += conv.weight[3][e] * dpre[e] + conv.weight[2][e] * later[0][e] +
                conv.weight[1][e] * later[1][e] + conv.weight[0][e] * later[2][e];
-      later[2][e] = later[1][e];
-      later[1][e] = later[0][e];
-      later[0][e] = dpre[e];
     }
+    push_later(dpre);
     for (int64_t tap = 0; tap < f.W - 4; ++tap) {
       float behind[E];
       dpre_at(t + f.W - 1 - tap, behind);
+#pragma unroll
       for (int e = 0; e < E; ++e) dv[e] += weight(e)[tap] * behind[e];
+    }
+  }
+  RECGRELA_DEVICE void push_later(const float* dpre) {
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      later[2][e] = later[1][e];
+      later[1][e] = later[0][e];
+      later[0][e] = dpre[e];
     }
   }
   // The final conv state holds the last W - 1 values: its gradient goes back to them.
@@ -450,6 +496,7 @@ struct Backward {
   RECGRELA_DEVICE void add_grad_final_conv(int64_t t, float* dv) const {
     const int64_t r = t - (u.span.length - (f.W - 1));
     if (r < 0) return;
+#pragma unroll
     for (int e = 0; e < E; ++e) dv[e] += grad_final_conv(r)[e];
   }
 
@@ -472,12 +519,15 @@ struct Backward {
   RECGRELA_DEVICE void finish_sums() const {
     if (!u.real) return;
     const int64_t at = u.index * args.segments + segment;
+#pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int part = tile.part() + n * D + m;
         args.part_kv[at * D * D + part] = T_sum[part] + (args.has_base ? T_base[part] : 0.0f);
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       args.part_k_sum[at * D + tile.channel + e] = y[e] + y_base[e];
     }
@@ -499,10 +549,12 @@ struct Backward {
     if (f.lengths) fill_rows<S, E>(rows, u, tile.channel, u.span.length, f.L, 0.0f);
   }
   RECGRELA_DEVICE void store_dweight(bool sound) const {
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       for (int64_t tap = f.W > 4 ? f.W - 4 : 0; tap < f.W; ++tap) {
         const int j = int(tap - (f.W - 4));
         float x = dweight[3][e];
+#pragma unroll
         for (int r = 0; r < 3; ++r) x = j == r ? dweight[r][e] : x;
         dparams_at(e)[tap] = sound ? x : NAN;
       }
@@ -514,12 +566,15 @@ struct Backward {
                 u.h * D * D;
     float* k_sum = static_cast<float*>(p.grad_initial.k_sum) + u.b * p.grad_initial.k_sum_stride +
                    u.h * D + tile.channel;
+#pragma unroll
     for (int n = 0; n < R; ++n) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int at = tile.part() + n * D + m;
         kv[at] = sound ? T_sum[at] + (args.has_base ? T_base[at] : 0.0f) : NAN;
       }
     }
+#pragma unroll
     for (int e = 0; e < E; ++e) k_sum[e] = sound ? y[e] + y_base[e] : NAN;
     for (int64_t r = 0; r < f.W - 1; ++r) {
       float* to = static_cast<float*>(p.grad_initial.conv) + u.b * p.grad_initial.conv_stride +
@@ -528,9 +583,11 @@ struct Backward {
       for (int64_t tap = 0; tap <= r && f.conv_weight && sound; ++tap) {
         float dpre[E];
         dpre_at(r - tap, dpre);
+#pragma unroll
         for (int e = 0; e < E; ++e) sum[e] += weight(e)[tap] * dpre[e];
       }
       const bool kept = p.grad_final.conv && r >= u.span.length;
+#pragma unroll
       for (int e = 0; e < E; ++e) {
         if (kept) sum[e] += grad_final_conv(r - u.span.length)[e];
         to[e] = sound ? sum[e] : NAN;

@@ -209,6 +209,7 @@ template <class S, int E>
 RECGRELA_DEVICE Pack<S, E> load_pack(const S* from, bool aligned) {
   if (aligned) return *reinterpret_cast<const Pack<S, E>*>(from);
   Pack<S, E> pack;
+#pragma unroll
   for (int e = 0; e < E; ++e) pack.at[e] = from[e];
   return pack;
 }
@@ -216,10 +217,12 @@ RECGRELA_DEVICE Pack<S, E> load_pack(const S* from, bool aligned) {
 template <class S, int E>
 RECGRELA_DEVICE void store_pack(const Accumulate<S>* values, S* to, bool aligned) {
   Pack<S, E> pack;
+#pragma unroll
   for (int e = 0; e < E; ++e) narrow(values[e], &pack.at[e]);
   if (aligned) {
     *reinterpret_cast<Pack<S, E>*>(to) = pack;
   } else {
+#pragma unroll
     for (int e = 0; e < E; ++e) to[e] = pack.at[e];
   }
 }

@@ -47,11 +47,13 @@ struct RunningSum {
   RECGRELA_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < Tile::R; ++i) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         S[i][m] = 0.0f;
         if (base) base[i * Tile::D + m] = 0.0f;
       }
     }
+#pragma unroll
     for (int e = 0; e < Tile::E; ++e) z[e] = z_base[e] = 0.0f;
     used = false;
   }
@@ -59,8 +61,10 @@ struct RunningSum {
   RECGRELA_DEVICE void add(const float* from, const float* k_sum) {
 #pragma unroll 4
     for (int i = 0; i < Tile::R; ++i) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) base[i * Tile::D + m] += from[i * Tile::D + m];
     }
+#pragma unroll
     for (int e = 0; e < Tile::E; ++e) z_base[e] += k_sum[e];
     used = true;
   }
@@ -68,11 +72,13 @@ struct RunningSum {
   RECGRELA_DEVICE void settle() {
 #pragma unroll
     for (int i = 0; i < Tile::R; ++i) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         base[i * Tile::D + m] += S[i][m];
         S[i][m] = 0.0f;
       }
     }
+#pragma unroll
     for (int e = 0; e < Tile::E; ++e) {
       z_base[e] += z[e];
       z[e] = 0.0f;
@@ -82,11 +88,13 @@ struct RunningSum {
   RECGRELA_DEVICE void store(float* to, float* k_sum, bool fill, float value) const {
 #pragma unroll
     for (int i = 0; i < Tile::R; ++i) {
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         const float sum = S[i][m] + (base ? base[i * Tile::D + m] : 0.0f);
         to[i * Tile::D + m] = fill ? value : sum;
       }
     }
+#pragma unroll
     for (int e = 0; e < Tile::E; ++e) k_sum[e] = fill ? value : z[e] + z_base[e];
   }
 };
@@ -191,10 +199,12 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
       const bool there = t0 + j < u.end;
       float phi_k[E], phi_q[E], turned[E];
       map_row<S, E>(ahead.k[j], there, phi_k);
+#pragma unroll
       for (int e = 0; e < E; ++e) sum.z[e] += phi_k[e];
       float den = 0.0f;
       if (!kSums) {
         map_row<S, E>(ahead.q[j], there, phi_q);
+#pragma unroll
         for (int e = 0; e < E; ++e) den += phi_q[e] * (sum.z[e] + sum.z_base[e]);
         den = sum_over_unit<Tile>(den) + eps * (first + float(i0 + j));
         scale[j] = 1.0f / den;
@@ -207,6 +217,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
         rotation.turn(phi_q, turned);
         store_shared<E>(turned, queries + j * Tile::rows + tile.own());
       }
+#pragma unroll
       for (int e = 0; e < E; ++e) v[j][e] = there ? widen(ahead.v[j].at[e]) : 0.0f;
       if (Tile::row_groups > 1) store_shared<E>(v[j], values + j * Tile::rows + tile.own());
     }
@@ -227,13 +238,16 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
       if (sum.used) add_base<Tile>(num, sum.base, query);
       float y[E], pre[E];
       gather_columns<Tile>(num, tile.group, y);
+#pragma unroll
       for (int e = 0; e < E; ++e) y[e] *= scale[j];
       if (augment) {
         conv.next(p, u, tile.channel, t0 + j, v[j], pre);
+#pragma unroll
         for (int e = 0; e < E; ++e) y[e] += silu<S>(pre[e]);
       }
       if (t0 + j >= u.end) continue;
       if (p.gate.data) {
+#pragma unroll
         for (int e = 0; e < E; ++e) y[e] *= silu<S>(widen(gate[j].at[e]));
       }
       store_pack<S, E>(y, row_at<S>(p.out, u.span, t0 + j, u.h) + tile.channel, args.aligned);

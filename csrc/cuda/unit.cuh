@@ -39,16 +39,19 @@ RECGRELA_DEVICE void value_at(const GatedRelaParams& p, const Unit& u, int64_t t
   using A = Accumulate<S>;
   if (t >= 0) {
     const S* from = row_at<const S>(p.v, u.span, t, u.h) + channel;
+#pragma unroll
     for (int e = 0; e < E; ++e) to[e] = widen(from[e]);
     return;
   }
   const int64_t row = p.W - 1 + t;
   if (p.initial.conv == nullptr || row < 0) {
+#pragma unroll
     for (int e = 0; e < E; ++e) to[e] = A(0);
     return;
   }
   const A* from = static_cast<const A*>(p.initial.conv) + u.b * p.initial.conv_stride +
                       row * p.H * p.D + u.h * p.D + channel;
+#pragma unroll
   for (int e = 0; e < E; ++e) to[e] = from[e];
 }
 
@@ -59,6 +62,7 @@ RECGRELA_DEVICE void fill_rows(const Rows& rows, const Unit& u, int64_t channel,
   if (rows.data == nullptr || !u.real) return;
   for (int64_t t = from; t < to; ++t) {
     S* row = row_at<S>(rows, u.span, t, u.h) + channel;
+#pragma unroll
     for (int e = 0; e < E; ++e) narrow(value, row + e);
   }
 }

@@ -58,6 +58,7 @@ RECGRELA_DEVICE Quad load_quad(const float* from) {
 template <int E>
 RECGRELA_DEVICE void store_shared(const float* values, float* to) {
   Pack<float, E> pack;
+#pragma unroll
   for (int e = 0; e < E; ++e) pack.at[e] = values[e];
   *reinterpret_cast<Pack<float, E>*>(to) = pack;
 }
@@ -117,6 +118,7 @@ RECGRELA_DEVICE void add_transposed_base(Quad& sum, const float* base, const flo
 template <class Tile>
 RECGRELA_DEVICE void gather_columns(const Quad& sum, int group, float* own) {
   if constexpr (Tile::row_groups == 1) {
+#pragma unroll
     for (int e = 0; e < 4; ++e) own[e] = sum.at[e];
   } else {
 #pragma unroll
@@ -156,15 +158,18 @@ struct Rotation {
   float c[pairs], s[pairs], step_c[pairs], step_s[pairs];
 
   RECGRELA_DEVICE explicit Rotation(const double* inv_freq) {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) {
       step[i] = turns_of(inv_freq[i]);
       rotation_of(step[i], &step_c[i], &step_s[i]);
     }
   }
   RECGRELA_DEVICE void set(int64_t position) {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) rotation_of(uint64_t(position) * step[i], &c[i], &s[i]);
   }
   RECGRELA_DEVICE void advance() {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) {
       const float cosine = c[i] * step_c[i] - s[i] * step_s[i];
       s[i] = s[i] * step_c[i] + c[i] * step_s[i];
@@ -172,6 +177,7 @@ struct Rotation {
     }
   }
   RECGRELA_DEVICE void go_back() {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) {
       const float cosine = c[i] * step_c[i] + s[i] * step_s[i];
       s[i] = s[i] * step_c[i] - c[i] * step_s[i];
@@ -195,12 +201,14 @@ struct Rotation {
     }
   }
   RECGRELA_DEVICE void turn(const float* x, float* to) const {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) {
       to[2 * i] = x[2 * i] * c[i] - x[2 * i + 1] * s[i];
       to[2 * i + 1] = x[2 * i] * s[i] + x[2 * i + 1] * c[i];
     }
   }
   RECGRELA_DEVICE void turn_back(const float* x, float* to) const {
+#pragma unroll
     for (int i = 0; i < pairs; ++i) {
       to[2 * i] = x[2 * i] * c[i] + x[2 * i + 1] * s[i];
       to[2 * i + 1] = x[2 * i + 1] * c[i] - x[2 * i] * s[i];
@@ -217,7 +225,9 @@ struct Convolution {
   RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel) {
     const float* w = static_cast<const float*>(p.conv_weight) + (u.h * p.D + channel) * p.W;
     const float* b = static_cast<const float*>(p.conv_bias);
+#pragma unroll
     for (int e = 0; e < E; ++e) {
+#pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int64_t tap = p.W - 4 + j;
         weight[j][e] = tap >= 0 ? w[e * p.W + tap] : 0.0f;
@@ -226,10 +236,12 @@ struct Convolution {
     }
   }
   RECGRELA_DEVICE void start(const GatedRelaParams& p, const Unit& u, int channel, int64_t t) {
+#pragma unroll
     for (int r = 0; r < 3; ++r) {
       if (u.real && u.span.sound && t - 3 + r < u.span.length) {
         value_at<S, E>(p, u, t - 3 + r, channel, window[r]);
       } else {
+#pragma unroll
         for (int e = 0; e < E; ++e) window[r][e] = 0.0f;
       }
     }
@@ -237,6 +249,7 @@ struct Convolution {
   // The pre-activation at item t, whose value is v; the window moves on.
   RECGRELA_DEVICE void next(const GatedRelaParams& p, const Unit& u, int channel, int64_t t,
                             const float* v, float* pre) {
+#pragma unroll
     for (int e = 0; e < E; ++e) {
       pre[e] = bias[e] + weight[0][e] * window[0][e] + weight[1][e] * window[1][e] +
                weight[2][e] * window[2][e] + weight[3][e] * v[e];
@@ -249,6 +262,7 @@ struct Convolution {
       float old[E];
       value_at<S, E>(p, u, t - (p.W - 1) + tap, channel, old);
       const float* w = static_cast<const float*>(p.conv_weight) + (u.h * p.D + channel) * p.W;
+#pragma unroll
       for (int e = 0; e < E; ++e) pre[e] += w[e * p.W + tap] * old[e];
     }
   }
