@@ -132,7 +132,6 @@ struct Backward {
         push_later(behind);
       }
     }
-    __syncwarp();
   }
   RECGRELA_DEVICE void add_to_base(const float* kv, const float* k_sum) {
 #pragma unroll
@@ -162,7 +161,6 @@ struct Backward {
       y[e] = 0.0f;
     }
     base_used = true;
-    __syncwarp();
   }
 
   // dpre of any item, from the rows; 0 behind the sequence's end.

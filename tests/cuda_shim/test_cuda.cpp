@@ -1,6 +1,8 @@
 // The CUDA kernels' own source, run on the CPU by the shim, against double precision. Arguments:
 // nothing for the short set, "long" for every order of threads and every shape, or the words a
 // case's name must hold.
+#include <memory>
+
 #include "harness.h"
 
 namespace {
@@ -91,6 +93,182 @@ void run_case(const Case& c, unsigned seed) {
   check_backward(c, p, run);
 }
 
+// The reference's gradients against differences of its outputs: the loss is a weighted sum of them.
+void check_reference() {
+  Case c;
+  c.H = 1;
+  c.D = 4;
+  c.dtype = DType::kDouble;
+  c.lengths = {4, 2};
+  c.layout = Layout::kPacked;
+  c.initial = true;
+  reference::Problem p = random_problem(c, 3);
+  Random random(4);
+  const Values dy = random.values(p.items * p.D, c.dtype);
+  const reference::Result dfinal{{},
+                                 random.values(p.B * p.D * p.D, c.dtype),
+                                 random.values(p.B * p.D, c.dtype),
+                                 random.values(p.B * (p.W - 1) * p.D, c.dtype)};
+  const auto loss = [&] {
+    const reference::Result r = reference::forward(p);
+    double sum = 0;
+    for (std::size_t i = 0; i < dy.size(); ++i) sum += dy[i] * r.out[i];
+    for (std::size_t i = 0; i < r.kv.size(); ++i) sum += dfinal.kv[i] * r.kv[i];
+    for (std::size_t i = 0; i < r.k_sum.size(); ++i) sum += dfinal.k_sum[i] * r.k_sum[i];
+    for (std::size_t i = 0; i < r.conv.size(); ++i) sum += dfinal.conv[i] * r.conv[i];
+    return sum;
+  };
+  const reference::Gradients g = reference::backward(p, dy, dfinal);
+  const std::pair<Values*, const Values*> pairs[] = {
+      {&p.q, &g.q},           {&p.k, &g.k},       {&p.v, &g.v},   {&p.gate, &g.gate},
+      {&p.weight, &g.weight}, {&p.bias, &g.bias}, {&p.kv, &g.kv}, {&p.k_sum, &g.k_sum},
+      {&p.conv, &g.conv}};
+  double worst = 0;
+  for (const auto& [input, gradient] : pairs) {
+    for (std::size_t i = 0; i < input->size(); ++i) {
+      const double x = (*input)[i], step = 1e-5;
+      (*input)[i] = x + step;
+      const double above = loss();
+      (*input)[i] = x - step;
+      const double slope = (above - loss()) / (2 * step);
+      (*input)[i] = x;
+      worst = std::fmax(worst, std::fabs(slope - (*gradient)[i]) / (1 + std::fabs(slope)));
+    }
+  }
+  expect(worst < 1e-7, "reference", "gradients are the slopes of the outputs", worst);
+}
+
+bool all_nan(const Values& values, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (values[i] == values[i]) return false;
+  }
+  return true;
+}
+
+// Lengths and offsets that make no sense: NaN in the sequences concerned, the others untouched, and
+// no access outside the tensors, which AddressSanitizer sees.
+void check_malformed(int64_t D, DType dtype, Layout layout, int64_t entry, int64_t value,
+                     std::vector<int64_t> broken) {
+  Case c;
+  c.name = "malformed D" + std::to_string(D) + " " + name_of(dtype) + " " + std::to_string(entry) +
+           "=" + std::to_string(value);
+  c.D = D;
+  c.H = 1;
+  c.dtype = dtype;
+  c.layout = layout;
+  c.lengths = {5, 9, 4, 6};
+  c.final = c.initial = true;
+  const reference::Problem p = random_problem(c, 9);
+  const reference::Result expected = reference::forward(p);
+  Run run(c, p);
+  (layout == Layout::kPacked ? run.cu_seqlens : run.lengths)[entry] = value;
+  expect(run.forward(true) == 0, c.name, "launch", 0);
+  const Values dy(p.items * D, 1.0);
+  expect(run.backward(dy, {}) == 0, c.name, "launch backward", 0);
+  const Values out = run.out.values(), dk = run.dk.values(), kv = run.final_kv.values();
+  for (int64_t b = 0; b < p.B; ++b) {
+    const reference::Sequence s = p.sequences[b];
+    bool is_broken = false;
+    for (int64_t x : broken) is_broken = is_broken || x == b;
+    const int64_t begin = s.first * D, end = (s.first + s.length) * D;
+    if (is_broken) {
+      const bool nan = all_nan(out, begin, end) && all_nan(dk, begin, end) &&
+                       all_nan(kv, b * D * D, (b + 1) * D * D);
+      expect(nan, c.name, "a broken sequence is NaN", double(b));
+    } else {
+      const Values got(out.begin() + begin, out.begin() + end);
+      const Values wanted(expected.out.begin() + begin, expected.out.begin() + end);
+      const double off = error_of(got, wanted, D, digits_of(dtype));
+      expect(off <= row_limit(dtype), c.name, "the others are right", off);
+    }
+  }
+}
+
+void check_malformed() {
+  for (int64_t D : {6, 16}) {
+    for (DType dtype : {DType::kFloat, DType::kDouble}) {
+      check_malformed(D, dtype, Layout::kPadded, 1, -1, {1});
+      check_malformed(D, dtype, Layout::kPadded, 2, 1000000000, {2});
+      check_malformed(D, dtype, Layout::kPacked, 2, 3, {0, 1, 2});  // decreases
+      check_malformed(D, dtype, Layout::kPacked, 4, 1000000000, {3});
+      check_malformed(D, dtype, Layout::kPacked, 0, -7, {0});
+    }
+  }
+}
+
+// A step at a time is the same as the whole sequence; inactive users stay as they are.
+void check_step(int64_t D, DType dtype, int64_t W, bool gate, bool augment) {
+  Case c;
+  c.name = "step D" + std::to_string(D) + " " + name_of(dtype) + " W" + std::to_string(W);
+  c.D = D;
+  c.dtype = dtype;
+  c.W = W;
+  c.gate = gate;
+  c.conv = augment;
+  c.lengths = {4, 4, 4};
+  c.initial = c.final = true;
+  c.position = 77;
+  const reference::Problem p = random_problem(c, 11);
+  const reference::Result expected = reference::forward(p);
+  Run run(c, p);
+  const int64_t C = p.H * D, size = size_of(dtype), L = run.L;
+  const auto active = std::make_unique<bool[]>(p.B);
+  for (int64_t b = 0; b < p.B; ++b) active[b] = b != 1;
+  std::vector<int64_t> position = p.position;
+  for (int64_t t = 0; t < L; ++t) {
+    const auto at = [&](const Rows& rows) {
+      Rows one = rows;
+      if (one.data) one.data = static_cast<unsigned char*>(one.data) + t * rows.item_stride * size;
+      return one;
+    };
+    GatedRelaStepParams s{};
+    s.dtype = dtype;
+    s.B = p.B;
+    s.H = p.H;
+    s.D = D;
+    s.W = p.W;
+    s.eps = p.eps;
+    s.q = at(run.params.q);
+    s.k = at(run.params.k);
+    s.v = at(run.params.v);
+    s.gate = at(run.params.gate);
+    s.out = at(run.params.out);
+    s.inv_freq = p.inv_freq.data();
+    s.conv_weight = run.weight.data();
+    s.conv_bias = run.bias.data();
+    s.state = run.states(run.kv, run.k_sum, run.conv, position.data());
+    s.active = active.get();
+    expect(launch_gated_rela_step(s, nullptr) == 0, c.name, "launch", 0);
+    for (int64_t& x : position) ++x;
+  }
+  const Values out = run.out.values(), kv = run.kv.values(), conv = run.conv.values();
+  const auto part = [](const Values& x, int64_t b, int64_t n) {
+    return Values(x.begin() + b * n, x.begin() + (b + 1) * n);
+  };
+  const int64_t past = p.W - 1;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const bool moved = active[b];
+    const Values rows = moved ? part(expected.out, b, L * C) : Values(L * C, 0.0);
+    const double off = error_of(part(out, b, L * C), rows, C, digits_of(dtype));
+    expect(off <= (dtype == DType::kDouble ? 64 : row_limit(dtype)), c.name, "out", off);
+    const double sums = error_of(part(kv, b, C * D), part(moved ? expected.kv : p.kv, b, C * D),
+                                 D * D, digits_of(run.acc));
+    expect(sums <= (moved ? 16 : 0), c.name, "kv", sums);
+    const double window = error_of(part(conv, b, past * C),
+                                   part(moved ? expected.conv : p.conv, b, past * C), 1, 23);
+    expect(window == 0, c.name, "conv window", window);
+  }
+}
+
+void check_step() {
+  for (int64_t D : {2, 6, 16, 32, 64, 128}) {
+    check_step(D, DType::kFloat, 4, true, true);
+    check_step(D, DType::kBFloat16, 1, false, true);
+  }
+  check_step(16, DType::kHalf, 7, true, true);
+  check_step(16, DType::kDouble, 4, true, false);
+}
+
 std::string text_of(const Case& c) {
   std::string text = std::string(name_of(c.dtype)) + " H" + std::to_string(c.H) + " D" +
                      std::to_string(c.D) + " W" + std::to_string(c.conv ? c.W : 0) +
@@ -177,6 +355,8 @@ int main(int argc, char** argv) {
   const bool all = argc > 1 && std::string(argv[1]) == "long";
   const std::string only = argc > 1 && !all ? argv[1] : "";
   verbose = !only.empty();
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  check_reference();
   const unsigned seeds = all ? 8 : 1;
   for (unsigned order = 0; order < 2 + seeds; ++order) {
     shim::set_order(order == 0   ? shim::Order::kForward
@@ -186,6 +366,8 @@ int main(int argc, char** argv) {
     for (const Case& c : cases(all && order < 3)) {
       if (c.name.find(only) != std::string::npos) run_case(c, 1);
     }
+    if (std::string("malformed").find(only) != std::string::npos) check_malformed();
+    if (std::string("step").find(only) != std::string::npos) check_step();
   }
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;
