@@ -33,7 +33,6 @@ struct BackwardArgs {
 template <int D>
 struct BackwardTile : WarpTile<D, 2> {
   using Base = WarpTile<D, 2>;
-  static constexpr int T = D == 64 ? 2 : 4;  // items that share a barrier
   static constexpr int array = kTile * Base::rows;
   static constexpr int states = Base::units * Base::state;
   static constexpr int64_t warp_floats(bool has_base) {
@@ -45,7 +44,8 @@ struct BackwardTile : WarpTile<D, 2> {
 template <class S, int D, bool kSums>
 struct Backward {
   using Tile = BackwardTile<D>;
-  static constexpr int E = 2, T = Tile::T, R = Tile::R;
+  // T: items that share a barrier and are read ahead together.
+  static constexpr int E = 2, T = D <= 16 && kTwoBytes<S> ? 4 : 2, R = Tile::R;
 
   const BackwardArgs& args;
   const GatedRelaBackwardParams& p;
@@ -88,15 +88,9 @@ struct Backward {
   RECGRELA_DEVICE S* row(const Rows& rows, int64_t t) const {
     return row_at<S>(rows, u.span, t, u.h) + tile.channel;
   }
-  RECGRELA_DEVICE void load_row(const Rows& rows, int64_t t, float* to) const {
-    const Pack<S, E> pack = load_pack<S, E>(row(rows, t), args.aligned);
-#pragma unroll
-    for (int e = 0; e < E; ++e) to[e] = widen(pack.at[e]);
-  }
-
   // T and y start with the gradient of the final state and the sums of the segments behind.
   RECGRELA_DEVICE void start() {
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -134,7 +128,7 @@ struct Backward {
     }
   }
   RECGRELA_DEVICE void add_to_base(const float* kv, const float* k_sum) {
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -146,7 +140,7 @@ struct Backward {
     base_used = true;
   }
   RECGRELA_DEVICE void settle() {
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -199,27 +193,33 @@ struct Backward {
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) z_start[e] = there ? k_sum[tile.channel + e] : 0.0f;
-    Ahead<S, T, E> ahead;
-    if (chunk < t1) ahead.template load<true>(f, u, tile.channel, chunk, args.aligned);
+    if (chunk == t1) return keep_start(sum);
+    Cursor<S> k(f.k, u, tile.channel, chunk), v(f.v, u, tile.channel, chunk);
+    Ahead<S, T, E> next_k, next_v;
+    const auto read_ahead = [&](int64_t t0) {
+      next_k.load(k, left(t0), args.aligned);
+      next_v.load(v, left(t0), args.aligned);
+      k.advance(T);
+      v.advance(T);
+    };
+    read_ahead(chunk);
 #pragma unroll 1
     for (int64_t t0 = chunk; t0 < t1; t0 += T) {
       const int slot0 = int(t0 - chunk) % (2 * T);  // two buffers, one barrier
 #pragma unroll
       for (int j = 0; j < T; ++j) {
         const bool here = t0 + j < u.end;
-        float phi[E], turned[E], v[E];
-        map_row<S, E>(ahead.k[j], here, phi);
+        float phi[E], turned[E], value[E];
+        map_row<S, E>(next_k.at[j], here, phi);
+        widen_row<S, E>(next_v.at[j], here, value);
         rotation.move_to(t0 + j, u.position);
         rotation.turn(phi, turned);
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-          z_start[e] += phi[e];
-          v[e] = here ? widen(ahead.v[j].at[e]) : 0.0f;
-        }
+        for (int e = 0; e < E; ++e) z_start[e] += phi[e];
         store_shared<E>(turned, item(keys, slot0 + j) + tile.own());
-        store_shared<E>(v, item(values, slot0 + j) + tile.own());
+        store_shared<E>(value, item(values, slot0 + j) + tile.own());
       }
-      if (t0 + T < t1) ahead.template load<true>(f, u, tile.channel, t0 + T, args.aligned);
+      if (t0 + T < t1) read_ahead(t0 + T);
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < T; ++j) {
@@ -227,6 +227,9 @@ struct Backward {
         scan_item<Tile, false>(sum, key, key, load_quad(item(values, slot0 + j) + tile.columns()));
       }
     }
+    keep_start(sum);
+  }
+  RECGRELA_DEVICE void keep_start(const float (&sum)[R][4]) const {
 #pragma unroll
     for (int n = 0; n < R; ++n) {
 #pragma unroll
@@ -235,47 +238,63 @@ struct Backward {
     __syncwarp();
   }
 
+  // How many items from t0 on are there, T at most.
+  RECGRELA_DEVICE int left(int64_t t0) const {
+    const int64_t count = u.end - t0;
+    return count < T ? int(count) : T;
+  }
+
   // Scan 1, forward in time: num, and from dy the gate's gradient, dnum, dden and dpre.
   RECGRELA_DEVICE void scan_outputs(float (&sum)[R][4], int64_t t1) {
     if (f.conv_weight) conv.start(f, u, tile.channel, t1);
     float z[E] = {z_start[0], z_start[1]};
     float tile_dweight[4][E] = {}, tile_dbias[E] = {};
     const float eps = float(f.eps), first = float(u.position + t1 + 1);
-    Ahead<S, T, E> ahead;
-    Pack<S, E> ahead_dy[T];
-    ahead.template load<false>(f, u, tile.channel, t1, args.aligned);
-    load_dy(ahead_dy, t1);
+    Cursor<S> q(f.q, u, tile.channel, t1), k(f.k, u, tile.channel, t1), v(f.v, u, tile.channel, t1);
+    Cursor<S> gate(f.gate, u, tile.channel, t1), dy(p.grad_out, u, tile.channel, t1);
+    Ahead<S, T, E> next_q, next_k, next_v, next_gate, next_dy;
+    const auto read_ahead = [&](int64_t t0) {
+      next_q.load(q, left(t0), args.aligned);
+      next_k.load(k, left(t0), args.aligned);
+      next_v.load(v, left(t0), args.aligned);
+      next_dy.load(dy, left(t0), args.aligned);
+      q.advance(T);
+      k.advance(T);
+      v.advance(T);
+      dy.advance(T);
+      if (f.gate.data == nullptr) return;
+      next_gate.load(gate, left(t0), args.aligned);
+      gate.advance(T);
+    };
+    read_ahead(t1);
 #pragma unroll 1
     for (int i0 = 0; i0 < kTile; i0 += T) {
       const int64_t t0 = t1 + i0;
       float scale[T];
-      Pack<S, E> gate[T], dy[T];
+      const Ahead<S, T, E> now_gate = next_gate, now_dy = next_dy;
 #pragma unroll
       for (int j = 0; j < T; ++j) {
         const bool there = t0 + j < u.end;
-        float phi_q[E], phi_k[E], turned[E], v[E];
-        map_row<S, E>(ahead.q[j], there, phi_q);
-        map_row<S, E>(ahead.k[j], there, phi_k);
+        float phi_q[E], phi_k[E], turned[E], value[E];
+        map_row<S, E>(next_q.at[j], there, phi_q);
+        map_row<S, E>(next_k.at[j], there, phi_k);
         float den = 0.0f;
 #pragma unroll
         for (int e = 0; e < E; ++e) {
           z[e] += phi_k[e];
           den += phi_q[e] * z[e];
-          v[e] = there ? widen(ahead.v[j].at[e]) : 0.0f;
         }
         scale[j] = 1.0f / (sum_over_unit<Tile>(den) + eps * (first + float(i0 + j)));
-        gate[j] = ahead.gate[j];
-        dy[j] = ahead_dy[j];
+        widen_row<S, E>(next_v.at[j], there, value);
         rotation.move_to(t0 + j, u.position);
         rotation.turn(phi_k, turned);
         store_shared<E>(turned, item(keys, i0 + j) + tile.own());
         rotation.turn(phi_q, turned);
         store_shared<E>(turned, item(queries, i0 + j) + tile.own());
-        store_shared<E>(v, item(values, i0 + j) + tile.own());
+        store_shared<E>(value, item(values, i0 + j) + tile.own());
       }
       if (i0 + T < kTile) {
-        ahead.template load<false>(f, u, tile.channel, t0 + T, args.aligned);
-        load_dy(ahead_dy, t0 + T);
+        read_ahead(t0 + T);
       }
       __syncwarp();
 #pragma unroll
@@ -287,7 +306,8 @@ struct Backward {
         gather_columns<Tile>(num, tile.group, o);
 #pragma unroll
         for (int e = 0; e < E; ++e) o[e] *= scale[j];
-        differentiate(i0 + j, t0 + j, scale[j], o, gate[j], dy[j], tile_dweight, tile_dbias);
+        differentiate(i0 + j, t0 + j, scale[j], o, now_gate.at[j], now_dy.at[j],
+                      tile_dweight, tile_dbias);
       }
     }
 #pragma unroll
@@ -298,14 +318,8 @@ struct Backward {
     }
     __syncwarp();
   }
-  RECGRELA_DEVICE void load_dy(Pack<S, E> (&to)[T], int64_t t0) const {
-#pragma unroll
-    for (int j = 0; j < T; ++j) {
-      if (t0 + j < u.end) to[j] = load_pack<S, E>(row(p.grad_out, t0 + j), args.aligned);
-    }
-  }
   RECGRELA_DEVICE void differentiate(int j, int64_t t, float scale, const float* o,
-                                     const Pack<S, E>& raw_gate, const Pack<S, E>& raw_dy,
+                                     const Raw<S, E>& raw_gate, const Raw<S, E>& raw_dy,
                                      float (&tile_dweight)[4][E], float (&tile_dbias)[E]) {
     const bool there = t < u.end;
     float dnum[E], dpre[E] = {}, dgate[E], dot = 0.0f;
@@ -317,15 +331,15 @@ struct Backward {
 #pragma unroll
         for (int e = 0; e < E; ++e) window[r][e] = conv.window[r][e];
       }
-      conv.next(f, u, tile.channel, t, v, pre);
+      conv.next(v, pre);
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      float d_o = there ? widen(raw_dy.at[e]) : 0.0f, a = 0.0f, slope = 0.0f;
+      float d_o = there ? raw_dy.at(e) : 0.0f, a = 0.0f, slope = 0.0f;
       if (f.conv_weight) silu_with_slope<S>(pre[e], &a, &slope);
       if (f.gate.data) {
         float value, gate_slope;
-        silu_with_slope<S>(there ? widen(raw_gate.at[e]) : 0.0f, &value, &gate_slope);
+        silu_with_slope<S>(there ? raw_gate.at(e) : 0.0f, &value, &gate_slope);
         dgate[e] = d_o * (o[e] + a) * gate_slope;
         d_o *= value;
       }
@@ -346,16 +360,6 @@ struct Backward {
       for (int r = 0; r < 3; ++r) tile_dweight[r][e] += dpre[e] * window[r][e];
       tile_dweight[3][e] += dpre[e] * v[e];
       tile_dbias[e] += dpre[e];
-    }
-    if (f.W > 4) add_old_taps(t, dpre);
-  }
-  // The taps that have no register.
-  RECGRELA_DEVICE void add_old_taps(int64_t t, const float* dpre) {
-    for (int64_t tap = 0; tap < f.W - 4; ++tap) {
-      float old[E];
-      value_at<S, E>(f, u, t - (f.W - 1) + tap, tile.channel, old);
-#pragma unroll
-      for (int e = 0; e < E; ++e) dparams_at(e)[tap] += dpre[e] * old[e];
     }
   }
   RECGRELA_DEVICE float* dparams_at(int e) const {
@@ -450,7 +454,7 @@ struct Backward {
       gather_columns<Tile>(part, tile.group, dv);
       const int64_t t = t1 + j;
       if (t >= u.end) continue;
-      if (f.conv_weight) add_conv(j, t, dv);
+      if (f.conv_weight) add_conv(j, dv);
       if (p.grad_final.conv) add_grad_final_conv(t, dv);
       store_pack<S, E>(dv, row(p.dv, t), args.aligned);
     }
@@ -462,7 +466,7 @@ struct Backward {
     __syncwarp();
   }
   // pre_t = bias + sum_j weight_j v_{t-W+1+j}, so v_t feeds pre_{t+W-1-j} through weight_j.
-  RECGRELA_DEVICE void add_conv(int j, int64_t t, float* dv) {
+  RECGRELA_DEVICE void add_conv(int j, float* dv) {
     float dpre[E];
     own_row(dpres, j, dpre);
 #pragma unroll
@@ -471,12 +475,6 @@ struct Backward {
                conv.weight[1][e] * later[1][e] + conv.weight[0][e] * later[2][e];
     }
     push_later(dpre);
-    for (int64_t tap = 0; tap < f.W - 4; ++tap) {
-      float behind[E];
-      dpre_at(t + f.W - 1 - tap, behind);
-#pragma unroll
-      for (int e = 0; e < E; ++e) dv[e] += weight(e)[tap] * behind[e];
-    }
   }
   RECGRELA_DEVICE void push_later(const float* dpre) {
 #pragma unroll
@@ -517,7 +515,7 @@ struct Backward {
   RECGRELA_DEVICE void finish_sums() const {
     if (!u.real) return;
     const int64_t at = u.index * args.segments + segment;
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -549,7 +547,7 @@ struct Backward {
   RECGRELA_DEVICE void store_dweight(bool sound) const {
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      for (int64_t tap = f.W > 4 ? f.W - 4 : 0; tap < f.W; ++tap) {
+      for (int64_t tap = 0; tap < f.W; ++tap) {
         const int j = int(tap - (f.W - 4));
         float x = dweight[3][e];
 #pragma unroll
@@ -564,7 +562,7 @@ struct Backward {
                 u.h * D * D;
     float* k_sum = static_cast<float*>(p.grad_initial.k_sum) + u.b * p.grad_initial.k_sum_stride +
                    u.h * D + tile.channel;
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -632,17 +630,13 @@ int run_backward(const GatedRelaBackwardParams& p, Stream stream) {
   const int64_t longest = f.cu_seqlens ? f.items : f.L;
   args.has_base = longest > kRecentItems || p.grad_final.kv != nullptr || args.segments > 1;
   float* scratch = static_cast<float*>(f.scratch);
-  const int64_t dparams = args.segments * f.B * f.H * D * (f.W + 1);
   args.dparams = scratch;
-  args.part_kv = scratch + dparams;
+  args.part_kv = scratch + args.segments * f.B * f.H * D * (f.W + 1);
   args.part_k_sum = args.part_kv + f.B * f.H * args.segments * D * D;
   const int64_t blocks = (args.groups * args.segments + kBackwardWarps - 1) / kBackwardWarps;
   const int64_t bytes =
       kBackwardWarps * Tile::warp_floats(args.has_base) * int64_t(sizeof(float));
   int error = 0;
-  if (f.W > 4) {  // the old taps are added up in memory
-    error = launch_zero(args.dparams, dparams, stream);
-  }
   if (error == 0 && args.segments > 1) {
     error = launch(backward_kernel<S, D, true>, blocks, kBackwardWarps * kWarp, bytes, stream, args);
   }

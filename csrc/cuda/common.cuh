@@ -199,19 +199,50 @@ RECGRELA_DEVICE void rotation_of(uint64_t phase, float* c, float* s) {
   sincos_half_turns(float(int32_t(uint32_t(phase >> 32))) * 4.656612873077393e-10f, s, c);
 }
 
+// Memory accesses before and after stay in their order, so that a long unrolled loop of them does
+// not fill the registers with what it has read ahead.
+RECGRELA_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+
 // Rows of E neighbouring elements: one access where their addresses allow it.
 template <class S, int E>
 struct alignas(sizeof(S) * E) Pack {
   S at[E];
 };
 
+// E elements of a row as they are stored. Two-byte elements stay two to a register until they are
+// used.
 template <class S, int E>
-RECGRELA_DEVICE Pack<S, E> load_pack(const S* from, bool aligned) {
-  if (aligned) return *reinterpret_cast<const Pack<S, E>*>(from);
-  Pack<S, E> pack;
+struct Raw {
+  static constexpr int per_word = kTwoBytes<S> ? 2 : 1;
+  using Word = std::conditional_t<kTwoBytes<S>, uint32_t, S>;
+  Pack<Word, E / per_word> words;
+
+  RECGRELA_DEVICE Accumulate<S> at(int e) const {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      const uint32_t word = words.at[e / 2];
+      return float_of(e % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else if constexpr (std::is_same_v<S, Half>) {
+      return half_to_float(uint16_t(words.at[e / 2] >> (e % 2 * 16)));
+    } else {
+      return words.at[e];
+    }
+  }
+};
+
+template <class S, int E>
+RECGRELA_DEVICE Raw<S, E> load_raw(const S* from, bool aligned) {
+  using Words = decltype(Raw<S, E>::words);
+  if (aligned) return {*reinterpret_cast<const Words*>(from)};
+  Raw<S, E> raw;
 #pragma unroll
-  for (int e = 0; e < E; ++e) pack.at[e] = from[e];
-  return pack;
+  for (int i = 0; i < E / Raw<S, E>::per_word; ++i) {
+    if constexpr (kTwoBytes<S>) {
+      raw.words.at[i] = from[2 * i].bits | uint32_t(from[2 * i + 1].bits) << 16;
+    } else {
+      raw.words.at[i] = from[i];
+    }
+  }
+  return raw;
 }
 
 template <class S, int E>

@@ -29,7 +29,7 @@ template <class S, int D>
 struct ForwardTile : WarpTile<D, (D <= 16 ? 4 : 2)> {
   using Base = WarpTile<D, (D <= 16 ? 4 : 2)>;
   // Items that share one barrier, read ahead while the items before are worked on.
-  static constexpr int T = D == 64 || (Base::E == 4 && !kTwoBytes<S>) ? 2 : 4;
+  static constexpr int T = D == 32 ? 4 : 2;
   static constexpr int exchanged = Base::row_groups == 1 ? 2 : 3;  // keys, queries, and values
   static constexpr int exchange = T * exchanged * Base::rows;
   static constexpr int64_t warp_bytes(bool has_base) {
@@ -59,7 +59,7 @@ struct RunningSum {
   }
   // base += a stored sum; from and k_sum are this lane's parts.
   RECGRELA_DEVICE void add(const float* from, const float* k_sum) {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = 0; i < Tile::R; ++i) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) base[i * Tile::D + m] += from[i * Tile::D + m];
@@ -77,6 +77,7 @@ struct RunningSum {
         base[i * Tile::D + m] += S[i][m];
         S[i][m] = 0.0f;
       }
+      keep_order();
     }
 #pragma unroll
     for (int e = 0; e < Tile::E; ++e) {
@@ -93,6 +94,7 @@ struct RunningSum {
         const float sum = S[i][m] + (base ? base[i * Tile::D + m] : 0.0f);
         to[i * Tile::D + m] = fill ? value : sum;
       }
+      keep_order();
     }
 #pragma unroll
     for (int e = 0; e < Tile::E; ++e) k_sum[e] = fill ? value : z[e] + z_base[e];
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
   const Tile tile(int(threadIdx.x) % kWarp);
   const int64_t segment = task % args.segments;
   const Unit u = unit_of(p, task / args.segments * Tile::units + tile.unit, segment, args.segments);
-  const int64_t end = max_over_warp(u.end - u.begin);  // items of the longest unit
+  const int items = int(u.end - u.begin), longest = int(max_over_warp(items));
 
   float* memory = reinterpret_cast<float*>(shared_memory()) +
                   warp * (Tile::warp_bytes(args.has_base) / int64_t(sizeof(float)));
@@ -174,84 +176,105 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
     conv.load(p, u, tile.channel);
     conv.start(p, u, tile.channel, u.begin);
   }
-  const int64_t saved = u.real && u.span.sound ? first_chunk(p, u.span, u.b) : 0;
+  const int64_t position = u.position + u.begin;
+  const float eps = float(p.eps), first = float(position + 1);
+  const bool aligned = args.aligned, gated = p.gate.data != nullptr;
+  float *saved_kv = nullptr, *saved_k_sum = nullptr;
+  if (!kSums && p.saved_kv && items > 0) {
+    const int64_t at = (first_chunk(p, u.span, u.b) + u.begin / kChunk) * p.H + u.h;
+    saved_kv = static_cast<float*>(p.saved_kv) + at * D * D + tile.part();
+    saved_k_sum = static_cast<float*>(p.saved_k_sum) + at * D + tile.channel;
+  }
 
-  const float eps = float(p.eps), first = float(u.position + u.begin + 1);
-  Ahead<S, T, E> ahead;
-  ahead.template load<kSums>(p, u, tile.channel, u.begin, args.aligned);
+  Cursor<S> q(p.q, u, tile.channel, u.begin), k(p.k, u, tile.channel, u.begin);
+  Cursor<S> v(p.v, u, tile.channel, u.begin), gate(p.gate, u, tile.channel, u.begin);
+  Cursor<S> out(p.out, u, tile.channel, u.begin);
+  Ahead<S, T, E> next_q, next_k, next_v, next_gate;
+  const auto read_ahead = [&](int left) {
+    next_k.load(k, left, aligned);
+    next_v.load(v, left, aligned);
+    k.advance(T);
+    v.advance(T);
+    if (kSums) return;
+    next_q.load(q, left, aligned);
+    q.advance(T);
+    if (!gated) return;
+    next_gate.load(gate, left, aligned);
+    gate.advance(T);
+  };
+  read_ahead(items);
   int buffer = 0;
 #pragma unroll 1
-  for (int64_t i0 = 0; i0 < end; i0 += T, buffer ^= 1) {
-    const int64_t t0 = u.begin + i0;
+  for (int i0 = 0; i0 < longest; i0 += T, buffer ^= 1) {
     if (i0 != 0 && i0 % kRecentItems == 0 && args.has_base) sum.settle();
-    if (!kSums && p.saved_kv && i0 % kChunk == 0 && t0 < u.end) {
-      const int64_t at = (saved + t0 / kChunk) * p.H + u.h;
-      sum.store(static_cast<float*>(p.saved_kv) + at * D * D + tile.part(),
-                static_cast<float*>(p.saved_k_sum) + at * D + tile.channel, false, 0.0f);
+    if (!kSums && saved_kv && i0 % kChunk == 0 && i0 < items) {
+      sum.store(saved_kv, saved_k_sum, false, 0.0f);
+      saved_kv += p.H * D * D;
+      saved_k_sum += p.H * D;
     }
     float* keys = memory + buffer * Tile::exchange;
     float* queries = keys + T * Tile::rows;
     float* values = queries + T * Tile::rows;
-    float scale[T], v[T][E];
-    Pack<S, E> gate[T];
+    float scale[T];
+    const Ahead<S, T, E> now_v = next_v, now_gate = next_gate;
 #pragma unroll
     for (int j = 0; j < T; ++j) {
-      const bool there = t0 + j < u.end;
+      const bool there = i0 + j < items;
       float phi_k[E], phi_q[E], turned[E];
-      map_row<S, E>(ahead.k[j], there, phi_k);
+      map_row<S, E>(next_k.at[j], there, phi_k);
 #pragma unroll
       for (int e = 0; e < E; ++e) sum.z[e] += phi_k[e];
-      float den = 0.0f;
       if (!kSums) {
-        map_row<S, E>(ahead.q[j], there, phi_q);
+        float den = 0.0f;
+        map_row<S, E>(next_q.at[j], there, phi_q);
 #pragma unroll
         for (int e = 0; e < E; ++e) den += phi_q[e] * (sum.z[e] + sum.z_base[e]);
         den = sum_over_unit<Tile>(den) + eps * (first + float(i0 + j));
         scale[j] = 1.0f / den;
-        gate[j] = ahead.gate[j];
       }
-      rotation.move_to(t0 + j, u.position);
+      rotation.move_to(i0 + j, position);
       rotation.turn(phi_k, turned);
       store_shared<E>(turned, keys + j * Tile::rows + tile.own());
       if (!kSums) {
         rotation.turn(phi_q, turned);
         store_shared<E>(turned, queries + j * Tile::rows + tile.own());
       }
-#pragma unroll
-      for (int e = 0; e < E; ++e) v[j][e] = there ? widen(ahead.v[j].at[e]) : 0.0f;
-      if (Tile::row_groups > 1) store_shared<E>(v[j], values + j * Tile::rows + tile.own());
+      if (Tile::row_groups > 1) {
+        float value[E];
+        widen_row<S, E>(now_v.at[j], there, value);
+        store_shared<E>(value, values + j * Tile::rows + tile.own());
+      }
     }
-    if (i0 + T < end) ahead.template load<kSums>(p, u, tile.channel, t0 + T, args.aligned);
+    if (i0 + T < longest) read_ahead(items - i0 - T);
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < T; ++j) {
+      const bool there = i0 + j < items;
       const float* key = keys + j * Tile::rows + tile.rows_begin();
       const float* query = queries + j * Tile::rows + tile.rows_begin();
-      Quad value;
+      float value[E];
+      widen_row<S, E>(now_v.at[j], there, value);
+      Quad columns;
       if constexpr (Tile::row_groups > 1) {
-        value = load_quad(values + j * Tile::rows + tile.columns());
+        columns = load_quad(values + j * Tile::rows + tile.columns());
       } else {
-        value = {{v[j][0], v[j][1], v[j][2], v[j][3]}};
+        columns = {{value[0], value[1], value[2], value[3]}};
       }
-      Quad num = scan_item<Tile, !kSums>(sum.S, key, query, value);
+      Quad num = scan_item<Tile, !kSums>(sum.S, key, query, columns);
       if (kSums) continue;
       if (sum.used) add_base<Tile>(num, sum.base, query);
       float y[E], pre[E];
       gather_columns<Tile>(num, tile.group, y);
+      if (augment) conv.next(value, pre);
 #pragma unroll
-      for (int e = 0; e < E; ++e) y[e] *= scale[j];
-      if (augment) {
-        conv.next(p, u, tile.channel, t0 + j, v[j], pre);
-#pragma unroll
-        for (int e = 0; e < E; ++e) y[e] += silu<S>(pre[e]);
+      for (int e = 0; e < E; ++e) {
+        y[e] *= scale[j];
+        if (augment) y[e] += silu<S>(pre[e]);
+        if (gated) y[e] *= silu<S>(now_gate.at[j].at(e));
       }
-      if (t0 + j >= u.end) continue;
-      if (p.gate.data) {
-#pragma unroll
-        for (int e = 0; e < E; ++e) y[e] *= silu<S>(widen(gate[j].at[e]));
-      }
-      store_pack<S, E>(y, row_at<S>(p.out, u.span, t0 + j, u.h) + tile.channel, args.aligned);
+      if (there) store_pack<S, E>(y, out.item(j), aligned);
     }
+    out.advance(T);
   }
   if (kSums) {
     if (!u.real) return;

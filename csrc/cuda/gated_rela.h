@@ -24,6 +24,5 @@ int64_t generic_backward_scratch(const GatedRelaParams& p);
 // same order.
 template <class A>
 int launch_sum_parts(const A* from, int64_t parts, const GatedRelaBackwardParams& p, Stream stream);
-int launch_zero(float* to, int64_t count, Stream stream);
 
 }  // namespace recgrela::cuda

@@ -40,16 +40,6 @@ __global__ void sum_kernel(SumArgs<A> args) {
   }
 }
 
-struct ZeroArgs {
-  float* to;
-  int64_t count;
-};
-
-__global__ void zero_kernel(ZeroArgs args) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < args.count) args.to[i] = 0.0f;
-}
-
 }  // namespace
 
 template <class A>
@@ -64,9 +54,5 @@ int launch_sum_parts(const A* from, int64_t parts, const GatedRelaBackwardParams
 }
 template int launch_sum_parts(const float*, int64_t, const GatedRelaBackwardParams&, Stream);
 template int launch_sum_parts(const double*, int64_t, const GatedRelaBackwardParams&, Stream);
-
-int launch_zero(float* to, int64_t count, Stream stream) {
-  return launch(zero_kernel, (count + 255) / 256, 256, 0, stream, ZeroArgs{to, count});
-}
 
 }  // namespace recgrela::cuda

@@ -87,7 +87,7 @@ RECGRELA_DEVICE Quad scan_item(float (&S)[Tile::R][4], const float* a, const flo
 // base^T c, base [D, D] in shared memory.
 template <class Tile>
 RECGRELA_DEVICE void add_base(Quad& sum, const float* base, const float* c) {
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 0; i < Tile::R; i += 4) {
     const Quad query = load_quad(c + i);
 #pragma unroll
@@ -102,7 +102,7 @@ RECGRELA_DEVICE void add_base(Quad& sum, const float* base, const float* c) {
 // The same with base transposed: sum_m += base[m] . c, base at this lane's columns and row group.
 template <class Tile>
 RECGRELA_DEVICE void add_transposed_base(Quad& sum, const float* base, const float* c) {
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 0; i < Tile::R; i += 4) {
     const Quad query = load_quad(c + i);
 #pragma unroll
@@ -216,8 +216,7 @@ struct Rotation {
   }
 };
 
-// The causal convolution of this lane's channels. The last four taps work on a window in
-// registers; wider convolutions read the older values again.
+// The causal convolution of this lane's channels, of at most four taps, on a window in registers.
 template <class S, int E>
 struct Convolution {
   float weight[4][E], bias[E], window[3][E];
@@ -246,9 +245,8 @@ struct Convolution {
       }
     }
   }
-  // The pre-activation at item t, whose value is v; the window moves on.
-  RECGRELA_DEVICE void next(const GatedRelaParams& p, const Unit& u, int channel, int64_t t,
-                            const float* v, float* pre) {
+  // The pre-activation at the item whose value is v; the window moves on.
+  RECGRELA_DEVICE void next(const float* v, float* pre) {
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       pre[e] = bias[e] + weight[0][e] * window[0][e] + weight[1][e] * window[1][e] +
@@ -257,45 +255,47 @@ struct Convolution {
       window[1][e] = window[2][e];
       window[2][e] = v[e];
     }
-    for (int64_t tap = 0; tap < p.W - 4; ++tap) {
-      if (t >= u.end) return;
-      float old[E];
-      value_at<S, E>(p, u, t - (p.W - 1) + tap, channel, old);
-      const float* w = static_cast<const float*>(p.conv_weight) + (u.h * p.D + channel) * p.W;
-#pragma unroll
-      for (int e = 0; e < E; ++e) pre[e] += w[e * p.W + tap] * old[e];
-    }
   }
 };
 
-// Rows read ahead of their use: T items of this lane's channels.
+// This lane's channels of one item's row, and of the items after it.
+template <class S>
+struct Cursor {
+  S* at;
+  int64_t stride;
+
+  RECGRELA_DEVICE Cursor(const Rows& rows, const Unit& u, int channel, int64_t t)
+      : at(rows.data ? row_at<S>(rows, u.span, t, u.h) + channel : nullptr),
+        stride(rows.item_stride) {}
+  RECGRELA_DEVICE S* item(int j) const { return at + j * stride; }
+  RECGRELA_DEVICE void advance(int items) { at += items * stride; }
+};
+
+// Rows read ahead of their use: T items of this lane's channels, of which `left` are there.
 template <class S, int T, int E>
 struct Ahead {
-  Pack<S, E> q[T], k[T], v[T], gate[T];
+  Raw<S, E> at[T];
 
-  template <bool kSums>
-  RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel, int64_t t0,
-                            bool aligned) {
+  RECGRELA_DEVICE void load(const Cursor<S>& rows, int left, bool aligned) {
 #pragma unroll
     for (int j = 0; j < T; ++j) {
-      const int64_t t = t0 + j;
-      if (t >= u.end) continue;
-      k[j] = load_pack<S, E>(row_at<const S>(p.k, u.span, t, u.h) + channel, aligned);
-      v[j] = load_pack<S, E>(row_at<const S>(p.v, u.span, t, u.h) + channel, aligned);
-      if (kSums) continue;
-      q[j] = load_pack<S, E>(row_at<const S>(p.q, u.span, t, u.h) + channel, aligned);
-      if (p.gate.data) {
-        gate[j] = load_pack<S, E>(row_at<const S>(p.gate, u.span, t, u.h) + channel, aligned);
-      }
+      if (j < left) at[j] = load_raw<S, E>(rows.item(j), aligned);
     }
   }
 };
+
+// A row that is there, and zeros for one behind the segment's end.
+template <class S, int E>
+RECGRELA_DEVICE void widen_row(const Raw<S, E>& raw, bool there, float* to) {
+#pragma unroll
+  for (int e = 0; e < E; ++e) to[e] = there ? raw.at(e) : 0.0f;
+}
 
 // phi of a row that is there, 0 of one behind the segment's end.
 template <class S, int E>
-RECGRELA_DEVICE void map_row(const Pack<S, E>& raw, bool there, float* phi) {
+RECGRELA_DEVICE void map_row(const Raw<S, E>& raw, bool there, float* phi) {
 #pragma unroll
-  for (int e = 0; e < E; ++e) phi[e] = there ? feature_map<S>(widen(raw.at[e])) : 0.0f;
+  for (int e = 0; e < E; ++e) phi[e] = there ? feature_map<S>(raw.at(e)) : 0.0f;
 }
 
 // How many segments a sequence is cut into: a rule of the shape alone.

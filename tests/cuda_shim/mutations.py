@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -144,15 +145,15 @@ def outcome(tree: Path, objects: list[Path]) -> str:
     program = tree / "test_cuda"
     command = [os.environ.get("CXX", "g++"), *map(str, objects), "-o", str(program)]
     subprocess.run(command, check=True)
-    try:
-        run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        return "red: does not end"
+    # Seconds of CPU, not of the clock: a busy machine makes no mutant red.
+    limit = (resource.RLIMIT_CPU, (200, 200))
+    run = subprocess.run([str(program), "first"], capture_output=True, text=True,
+                         preexec_fn=lambda: resource.setrlimit(*limit))  # fmt: skip
     if run.returncode == 0:
         return "green"
     fails = [line for line in run.stdout.splitlines() if line.startswith("FAIL")]
     first = fails[0] if fails else (run.stderr.strip().splitlines() or ["it crashed"])[-1]
-    return f"red: {len(fails)} failures, {first}"
+    return f"red: {first}"
 
 
 def run_mutant(name: str, base: Path, scratch: Path) -> str:

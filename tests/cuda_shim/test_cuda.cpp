@@ -1,6 +1,6 @@
 // The CUDA kernels' own source, run on the CPU by the shim, against double precision. Arguments:
-// nothing for the short set, "long" for every order of threads and every shape, or the words a
-// case's name must hold.
+// nothing for the short set, "first" to end at the first failure, "long" for every order of threads
+// and every shape, or the words a case's name must hold.
 #include <memory>
 
 #include "harness.h"
@@ -10,7 +10,7 @@ namespace {
 using namespace harness;
 
 int failures = 0, checks = 0;
-bool verbose = false;
+bool verbose = false, stop_at_first = false;
 
 void expect(bool holds, const std::string& name, const std::string& what, double value) {
   ++checks;
@@ -18,6 +18,7 @@ void expect(bool holds, const std::string& name, const std::string& what, double
   if (!holds || verbose) {
     std::printf("%s %s: %s (%.3g)\n", holds ? "ok  " : "FAIL", name.c_str(), what.c_str(), value);
   }
+  if (!holds && stop_at_first) std::exit(1);
 }
 
 // Units in the last place. float32 and float64: what summing in another order costs. Two-byte
@@ -353,7 +354,8 @@ std::vector<Case> cases(bool all) {
 
 int main(int argc, char** argv) {
   const bool all = argc > 1 && std::string(argv[1]) == "long";
-  const std::string only = argc > 1 && !all ? argv[1] : "";
+  stop_at_first = argc > 1 && std::string(argv[1]) == "first";
+  const std::string only = argc > 1 && !all && !stop_at_first ? argv[1] : "";
   verbose = !only.empty();
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   check_reference();
