@@ -13,8 +13,8 @@ using OptionalTensor = std::optional<Tensor>;
 struct SequenceArgs {
   const char* op;
   const Tensor &q, &k, &v;
-  const OptionalTensor&gate, &conv_weight, &conv_bias, &lengths, &cu_seqlens;
-  const OptionalTensor&kv, &k_sum, &conv, &position;
+  const OptionalTensor &gate, &conv_weight, &conv_bias, &lengths, &cu_seqlens;
+  const OptionalTensor &kv, &k_sum, &conv, &position;
   const Tensor& inv_freq;
   double eps;
 };

@@ -61,7 +61,10 @@ struct Backward {
   bool base_used;
 
   RECGRELA_DEVICE Backward(const BackwardArgs& a, float* memory, int lane, int64_t task)
-      : args(a), p(a.p), f(a.p.forward), tile(lane),
+      : args(a),
+        p(a.p),
+        f(a.p.forward),
+        tile(lane),
         u(unit_of(f, task / a.segments * Tile::units + tile.unit, task % a.segments, a.segments)),
         segment(task % a.segments),
         rotation(f.inv_freq + u.h * (D / 2) + tile.channel / 2) {
@@ -79,9 +82,12 @@ struct Backward {
   }
 
   template <class Row>
-  RECGRELA_DEVICE Row* item(Row* rows, int j) const { return rows + j * Tile::rows; }
+  RECGRELA_DEVICE Row* item(Row* rows, int j) const {
+    return rows + j * Tile::rows;
+  }
   RECGRELA_DEVICE void own_row(const float* rows, int j, float* to) const {
-    const Pack<float, E> pack = *reinterpret_cast<const Pack<float, E>*>(item(rows, j) + tile.own());
+    const Pack<float, E> pack =
+        *reinterpret_cast<const Pack<float, E>*>(item(rows, j) + tile.own());
     to[0] = pack.at[0];
     to[1] = pack.at[1];
   }
@@ -109,10 +115,10 @@ struct Backward {
     base_used = false;
     if (f.conv_weight) conv.load(f, u, tile.channel);
     if (!kSums && u.real && p.grad_final.kv) {
-      add_to_base(static_cast<const float*>(p.grad_final.kv) + u.b * p.grad_final.kv_stride +
-                      u.h * D * D,
-                  static_cast<const float*>(p.grad_final.k_sum) + u.b * p.grad_final.k_sum_stride +
-                      u.h * D);
+      add_to_base(
+          static_cast<const float*>(p.grad_final.kv) + u.b * p.grad_final.kv_stride + u.h * D * D,
+          static_cast<const float*>(p.grad_final.k_sum) + u.b * p.grad_final.k_sum_stride +
+              u.h * D);
     }
     for (int64_t s = segment + 1; !kSums && u.real && s < args.segments; ++s) {
       const int64_t at = u.index * args.segments + s;
@@ -306,8 +312,8 @@ struct Backward {
         gather_columns<Tile>(num, tile.group, o);
 #pragma unroll
         for (int e = 0; e < E; ++e) o[e] *= scale[j];
-        differentiate(i0 + j, t0 + j, scale[j], o, now_gate.at[j], now_dy.at[j],
-                      tile_dweight, tile_dbias);
+        differentiate(i0 + j, t0 + j, scale[j], o, now_gate.at[j], now_dy.at[j], tile_dweight,
+                      tile_dbias);
       }
     }
 #pragma unroll
@@ -558,8 +564,8 @@ struct Backward {
     }
   }
   RECGRELA_DEVICE void store_grad_initial(bool sound) const {
-    float* kv = static_cast<float*>(p.grad_initial.kv) + u.b * p.grad_initial.kv_stride +
-                u.h * D * D;
+    float* kv =
+        static_cast<float*>(p.grad_initial.kv) + u.b * p.grad_initial.kv_stride + u.h * D * D;
     float* k_sum = static_cast<float*>(p.grad_initial.k_sum) + u.b * p.grad_initial.k_sum_stride +
                    u.h * D + tile.channel;
 #pragma unroll 1
@@ -593,8 +599,8 @@ struct Backward {
 };
 
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp) backward_kernel(
-    const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+    backward_kernel(const __grid_constant__ BackwardArgs args) {
   const int warp = int(threadIdx.x) / kWarp;
   const int64_t task = int64_t(blockIdx.x) * kBackwardWarps + warp;
   if (task >= args.groups * args.segments) return;  // a whole warp, which shares no barrier
@@ -625,8 +631,8 @@ int run_backward(const GatedRelaBackwardParams& p, Stream stream) {
   args.p = p;
   args.groups = (f.B * f.H + Tile::units - 1) / Tile::units;
   args.segments = segments_of(f, Tile::units);
-  args.aligned = aligned_rows<S, 2>(
-      {&f.q, &f.k, &f.v, &f.gate, &p.grad_out, &p.dq, &p.dk, &p.dv, &p.dgate});
+  args.aligned =
+      aligned_rows<S, 2>({&f.q, &f.k, &f.v, &f.gate, &p.grad_out, &p.dq, &p.dk, &p.dv, &p.dgate});
   const int64_t longest = f.cu_seqlens ? f.items : f.L;
   args.has_base = longest > kRecentItems || p.grad_final.kv != nullptr || args.segments > 1;
   float* scratch = static_cast<float*>(f.scratch);
@@ -634,11 +640,11 @@ int run_backward(const GatedRelaBackwardParams& p, Stream stream) {
   args.part_kv = scratch + args.segments * f.B * f.H * D * (f.W + 1);
   args.part_k_sum = args.part_kv + f.B * f.H * args.segments * D * D;
   const int64_t blocks = (args.groups * args.segments + kBackwardWarps - 1) / kBackwardWarps;
-  const int64_t bytes =
-      kBackwardWarps * Tile::warp_floats(args.has_base) * int64_t(sizeof(float));
+  const int64_t bytes = kBackwardWarps * Tile::warp_floats(args.has_base) * int64_t(sizeof(float));
   int error = 0;
   if (error == 0 && args.segments > 1) {
-    error = launch(backward_kernel<S, D, true>, blocks, kBackwardWarps * kWarp, bytes, stream, args);
+    error =
+        launch(backward_kernel<S, D, true>, blocks, kBackwardWarps * kWarp, bytes, stream, args);
   }
   if (error == 0) {
     error =

@@ -1,5 +1,5 @@
-// What every kernel shares: storage types, wrappers of device instructions, the launch. Each wrapper
-// has a host twin, so that tests/cuda_shim can run the kernels' own source on a CPU.
+// What every kernel shares: storage types, wrappers of device instructions, the launch. Each
+// wrapper has a host twin, so that tests/cuda_shim can run the kernels' own source on a CPU.
 //
 // Rules of the house, which the shim checks: dynamic shared memory only, through shared_memory();
 // warp collectives full-mask and convergent; no return before a barrier; no waiting between blocks.
@@ -135,8 +135,7 @@ RECGRELA_DEVICE Accumulate<S> silu(Accumulate<S> x) {
 
 // SiLU(x) and its slope s (1 + x (1 - s)).
 template <class S>
-RECGRELA_DEVICE void silu_with_slope(Accumulate<S> x, Accumulate<S>* value,
-                                     Accumulate<S>* slope) {
+RECGRELA_DEVICE void silu_with_slope(Accumulate<S> x, Accumulate<S>* value, Accumulate<S>* slope) {
   using A = Accumulate<S>;
   const A s = sigmoid<S>(x);
   *value = x * s;

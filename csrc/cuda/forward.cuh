@@ -20,7 +20,7 @@ constexpr int kForwardWarps = 2;  // per block
 
 struct ForwardArgs {
   GatedRelaParams p;
-  int64_t groups, segments;  // of units; of a sequence
+  int64_t groups, segments;     // of units; of a sequence
   float *part_kv, *part_k_sum;  // [B*H, segments, D, D], [B*H, segments, D]
   bool aligned, has_base;
 };
@@ -139,10 +139,10 @@ RECGRELA_DEVICE void finish_forward(const ForwardArgs& args, const Tile& tile, c
   constexpr int D = Tile::D, E = Tile::E;
   if (!u.real || !u.last) return;
   if (p.final.kv) {
-    sum.store(static_cast<float*>(p.final.kv) + u.b * p.final.kv_stride + u.h * D * D + tile.part(),
-              static_cast<float*>(p.final.k_sum) + u.b * p.final.k_sum_stride + u.h * D +
-                  tile.channel,
-              !u.span.sound, NAN);
+    sum.store(
+        static_cast<float*>(p.final.kv) + u.b * p.final.kv_stride + u.h * D * D + tile.part(),
+        static_cast<float*>(p.final.k_sum) + u.b * p.final.k_sum_stride + u.h * D + tile.channel,
+        !u.span.sound, NAN);
     store_last_values<S, E>(p, u, tile.channel);
   }
   if (!u.span.sound) fill_rows<S, E>(p.out, u, tile.channel, 0, u.span.length, NAN);
@@ -150,8 +150,8 @@ RECGRELA_DEVICE void finish_forward(const ForwardArgs& args, const Tile& tile, c
 }
 
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(
-    const __grid_constant__ ForwardArgs args) {
+__global__ void __launch_bounds__(kForwardWarps* kWarp)
+    forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Tile = ForwardTile<S, D>;
   constexpr int T = Tile::T, E = Tile::E;
   const GatedRelaParams& p = args.p;

@@ -1,4 +1,5 @@
-// gated_rela and its backward on CUDA: checks, memory, the launch. The kernels are in the .cu files.
+// gated_rela and its backward on CUDA: checks, memory, the launch. The kernels are in the .cu
+// files.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

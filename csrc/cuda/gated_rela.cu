@@ -5,8 +5,7 @@ namespace recgrela::cuda {
 
 // The fast kernels hold four taps of the convolution in registers.
 bool has_fast_kernels(const GatedRelaParams& p) {
-  return p.dtype != DType::kDouble && p.W <= 4 &&
-         (p.D == 8 || p.D == 16 || p.D == 32 || p.D == 64);
+  return p.dtype != DType::kDouble && p.W <= 4 && (p.D == 8 || p.D == 16 || p.D == 32 || p.D == 64);
 }
 
 int64_t forward_scratch_bytes(const GatedRelaParams& p) {

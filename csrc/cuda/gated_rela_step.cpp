@@ -32,9 +32,9 @@ void check_state(const char* op, const char* name, const Tensor& x,
 }  // namespace
 
 Tensor gated_rela_step_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
-                           OptionalTensor conv_weight, OptionalTensor conv_bias, Tensor kv,
-                           Tensor k_sum, Tensor conv, Tensor position, OptionalTensor active,
-                           double eps) {
+                            OptionalTensor conv_weight, OptionalTensor conv_bias, Tensor kv,
+                            Tensor k_sum, Tensor conv, Tensor position, OptionalTensor active,
+                            double eps) {
   const char* op = "gated_rela_step";
   RECGRELA_CHECK(q.dim() == 3, op, ": q must have shape [B, H, D], got ", shape_text(q));
   check_rows(op, "q", q, q);

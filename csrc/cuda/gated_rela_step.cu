@@ -153,8 +153,8 @@ struct Step {
 };
 
 template <class S, int kD>
-__global__ void __launch_bounds__(kStepWarps* kWarp) step_kernel(
-    const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kStepWarps* kWarp)
+    step_kernel(const __grid_constant__ StepArgs args) {
   const GatedRelaStepParams& p = args.p;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t unit = int64_t(blockIdx.x) * kStepWarps + warp;
@@ -186,7 +186,8 @@ int run(const GatedRelaStepParams& p, Stream stream) {
 
 template <class S>
 int run(const GatedRelaStepParams& p, Stream stream) {
-  const bool quads = reinterpret_cast<uintptr_t>(p.state.kv) % 16 == 0 && p.state.kv_stride % 4 == 0;
+  const bool quads =
+      reinterpret_cast<uintptr_t>(p.state.kv) % 16 == 0 && p.state.kv_stride % 4 == 0;
   if constexpr (!std::is_same_v<S, double>) {
     if (quads && p.D == 16) return run<S, 16>(p, stream);
     if (quads && p.D == 32) return run<S, 32>(p, stream);

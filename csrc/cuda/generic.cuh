@@ -18,7 +18,7 @@ struct GenericArgs {
 template <class A>
 struct GenericScratch {
   A *S, *S_base, *dparams;  // dparams: [B, H*D, W + 1] in all
-  A *dnum, *dpre, *dden;  // [items, D], [items, D], [items]
+  A *dnum, *dpre, *dden;    // [items, D], [items, D], [items]
 
   static int64_t unit_size(const GatedRelaParams& p, bool backward) {
     return 2 * p.D * p.D + (backward ? p.D * (p.W + 1) : 0);
@@ -101,8 +101,11 @@ struct Generic {
   const int64_t D;
 
   RECGRELA_DEVICE Generic(const GatedRelaParams& params, int64_t index, void* memory, bool backward)
-      : p(params), u(unit_of(params, index, 0, 1)), rows(params.D),
-        scratch(params, u, memory, backward), D(params.D) {}
+      : p(params),
+        u(unit_of(params, index, 0, 1)),
+        rows(params.D),
+        scratch(params, u, memory, backward),
+        D(params.D) {}
 
   RECGRELA_DEVICE A load(const Rows& from, int64_t t, int64_t d) const {
     return widen(row_at<const S>(from, u.span, t, u.h)[d]);
@@ -257,7 +260,8 @@ struct GenericBackward : Generic<S> {
   using Base::D, Base::p, Base::rows, Base::scratch, Base::u;
   const GatedRelaBackwardParams& b;
 
-  RECGRELA_DEVICE GenericBackward(const GatedRelaBackwardParams& params, int64_t index, void* memory)
+  RECGRELA_DEVICE GenericBackward(const GatedRelaBackwardParams& params, int64_t index,
+                                  void* memory)
       : Base(params.forward, index, memory, true), b(params) {}
 
   RECGRELA_DEVICE void forward_item(int64_t t) {
@@ -393,15 +397,15 @@ struct GenericBackward : Generic<S> {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kGenericThreads) generic_backward_kernel(
-    const __grid_constant__ GenericArgs args) {
+__global__ void __launch_bounds__(kGenericThreads)
+    generic_backward_kernel(const __grid_constant__ GenericArgs args) {
   GenericBackward<S> unit(args.p, int64_t(blockIdx.x), args.scratch);
   unit.run();
 }
 
 template <class S>
-__global__ void __launch_bounds__(kGenericThreads) generic_forward_kernel(
-    const __grid_constant__ GenericArgs args) {
+__global__ void __launch_bounds__(kGenericThreads)
+    generic_forward_kernel(const __grid_constant__ GenericArgs args) {
   Generic<S> unit(args.p.forward, int64_t(blockIdx.x), args.scratch, false);
   unit.forward();
 }

@@ -22,7 +22,8 @@ int run(const GatedRelaBackwardParams& p, Stream stream) {
 int64_t generic_backward_scratch(const GatedRelaParams& p) {
   using Scratch = GenericScratch<float>;
   const int64_t size = p.dtype == DType::kDouble ? 8 : 4;
-  return size * (p.B * p.H * Scratch::unit_size(p, true) + Scratch::rows(p) * Scratch::item_size(p));
+  return size *
+         (p.B * p.H * Scratch::unit_size(p, true) + Scratch::rows(p) * Scratch::item_size(p));
 }
 
 int run_generic_backward(const GatedRelaBackwardParams& p, Stream stream) {

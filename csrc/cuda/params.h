@@ -6,7 +6,8 @@
 //   inv_freq   [H, D/2] float64         conv_weight [H*D, W], conv_bias [H*D]
 //   states     kv [H, D, D] (key dim first), k_sum [H, D], conv [W-1, H*D]: contiguous inside one
 //              user, any stride between users
-//   saved_*    the states at the start of every chunk of kChunk items: [chunks, H, D, D], [.., H, D]
+//   saved_*    the states at the start of every chunk of kChunk items: [chunks, H, D, D], [.., H,
+//   D]
 // conv_weight, conv_bias, states and saved states are double for double rows and float otherwise.
 #pragma once
 #include <cstdint>

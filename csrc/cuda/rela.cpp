@@ -24,9 +24,9 @@ void check_state(const char* op, const OptionalTensor& kv) {
 }  // namespace
 
 RelaResult rela_cuda(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,
-                    OptionalTensor cu_seqlens, OptionalTensor kv, OptionalTensor k_sum,
-                    OptionalTensor position, double eps, bool return_final_state,
-                    bool save_for_backward) {
+                     OptionalTensor cu_seqlens, OptionalTensor kv, OptionalTensor k_sum,
+                     OptionalTensor position, double eps, bool return_final_state,
+                     bool save_for_backward) {
   check_state("rela", kv);
   auto [out, final_kv, final_k_sum, final_conv, saved_kv, saved_k_sum] = cuda::run_forward(
       "rela", q, k, v, std::nullopt, inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv,
@@ -41,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rela_backward_cuda(
     bool state_grad) {
   check_state("rela_backward", kv);
   check_state("rela_backward", grad_kv);
-  auto [dq, dk, dv, dgate, dweight, dbias, dkv, dk_sum, dconv] =
-      cuda::run_backward("rela_backward", grad_out, grad_kv, grad_k_sum, empty_conv(q, grad_kv), q, k, v,
-                   std::nullopt, inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv,
-                   k_sum, empty_conv(q, kv), position, saved_kv, saved_k_sum, eps, state_grad);
+  auto [dq, dk, dv, dgate, dweight, dbias, dkv, dk_sum, dconv] = cuda::run_backward(
+      "rela_backward", grad_out, grad_kv, grad_k_sum, empty_conv(q, grad_kv), q, k, v, std::nullopt,
+      inv_freq, std::nullopt, std::nullopt, lengths, cu_seqlens, kv, k_sum, empty_conv(q, kv),
+      position, saved_kv, saved_k_sum, eps, state_grad);
   return {dq, dk, dv, dkv, dk_sum};
 }
 

@@ -50,7 +50,7 @@ RECGRELA_DEVICE void value_at(const GatedRelaParams& p, const Unit& u, int64_t t
     return;
   }
   const A* from = static_cast<const A*>(p.initial.conv) + u.b * p.initial.conv_stride +
-                      row * p.H * p.D + u.h * p.D + channel;
+                  row * p.H * p.D + u.h * p.D + channel;
 #pragma unroll
   for (int e = 0; e < E; ++e) to[e] = from[e];
 }

@@ -29,7 +29,10 @@ struct WarpTile {
   int unit, l, group, column, channel;  // column: the first of this lane's 4
 
   RECGRELA_DEVICE explicit WarpTile(int lane)
-      : unit(lane / LU), l(lane % LU), group(l % row_groups), column(l / row_groups * 4),
+      : unit(lane / LU),
+        l(lane % LU),
+        group(l % row_groups),
+        column(l / row_groups * 4),
         channel(l * E) {}
 
   // Where this lane's channels, its row group and its columns are in a shared row.
@@ -133,8 +136,7 @@ RECGRELA_DEVICE void gather_columns(const Quad& sum, int group, float* own) {
 template <class Tile>
 RECGRELA_DEVICE float sum_over_unit(float x) {
 #pragma unroll
-  for (int lanes = 1; lanes < Tile::LU; lanes *= 2)
-    x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  for (int lanes = 1; lanes < Tile::LU; lanes *= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
 }
 

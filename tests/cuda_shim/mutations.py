@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -19,106 +20,87 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DRECGRELA_CUDA_SHIM"]
 FLAGS += ["-Itests/cuda_shim", "-Icsrc", "-x", "c++"]
-BARRIER = "    __syncwarp();\n"
+# The text that goes from a file under csrc/cuda, and what comes in its place; any white space
+# matches any other.
+Mutant = tuple[str, str, str]
 
-# name: (file under csrc/cuda, the text that goes, what comes in its place)
-MUTANTS = {
-    "forward: no barrier before the scan": (
-        "forward.cuh",
-        BARRIER + "#pragma unroll\n    for (int j = 0; j < T; ++j) {\n      const float* key",
-        "#pragma unroll\n    for (int j = 0; j < T; ++j) {\n      const float* key",
+
+def no_barrier(file: str, behind: str, barrier: str = "__syncwarp();") -> Mutant:
+    return file, f"{barrier} {behind}", behind
+
+
+FORWARD, BACKWARD, TILE, UNIT = "forward.cuh", "backward.cuh", "warp_tile.cuh", "common.cuh"
+GENERIC, STEP, SUMS = "generic.cuh", "gated_rela_step.cu", "sum_parts.cu"
+SCAN = "#pragma unroll for (int j = 0; j < T; ++j) {"
+
+MUTANTS: dict[str, Mutant] = {
+    "forward: no barrier before the scan": no_barrier(
+        FORWARD, SCAN + " const bool there = i0 + j < items; const float* key"
     ),
-    "forward: one exchange buffer instead of two": (
-        "forward.cuh", "buffer ^= 1", "buffer ^= 0",
-    ),
-    "forward: base sum skipped": ("forward.cuh", "if (sum.used) add_base", "if (false) add_base"),
+    "forward: one exchange buffer instead of two": (FORWARD, "buffer ^= 1", "buffer ^= 0"),
+    "forward: base sum skipped": (FORWARD, "if (sum.used) add_base", "if (false) add_base"),
     "forward: recent sum counted twice": (
-        "forward.cuh",
-        "base[i * Tile::D + m] += S[i][m];\n        S[i][m] = 0.0f;",
-        "base[i * Tile::D + m] += S[i][m];",
+        FORWARD, "+= S[i][m]; S[i][m] = 0.0f;", "+= S[i][m];",
     ),
-    "forward: base of the normaliser skipped": (
-        "forward.cuh", "(sum.z[e] + sum.z_base[e])", "sum.z[e]",
-    ),
+    "forward: base of the normaliser skipped": (FORWARD, "+ sum.z_base[e])", ")"),
     "forward: one segment's partial sum dropped": (
-        "forward.cuh", "int64_t s = 0; s < segment &&", "int64_t s = 1; s < segment &&",
+        FORWARD, "int64_t s = 0; s < segment &&", "int64_t s = 1; s < segment &&",
     ),
     "forward: saved and final states without the base": (
-        "forward.cuh", "S[i][m] + (base ? base[i * Tile::D + m] : 0.0f)", "S[i][m]",
+        FORWARD, "S[i][m] + (base ? base[i * Tile::D + m] : 0.0f)", "S[i][m]",
     ),
-    "forward: padding not zeroed": ("forward.cuh", "u.span.length, p.L, 0.0f);", "p.L, p.L, 0.0f);"),
+    "forward: padding not zeroed": (FORWARD, "u.span.length, p.L, 0.0f);", "p.L, p.L, 0.0f);"),
     "tile: half of the columns' sum dropped": (
-        "warp_tile.cuh", "keep + __shfl_xor_sync(0xffffffffu, give, 1)", "keep",
+        TILE, "keep + __shfl_xor_sync(0xffffffffu, give, 1)", "keep",
     ),
     "tile: one lane's part of the normaliser dropped": (
-        "warp_tile.cuh", "lanes < Tile::LU; lanes *= 2", "2 * lanes < Tile::LU; lanes *= 2",
+        TILE, "lanes < Tile::LU; lanes *= 2", "2 * lanes < Tile::LU; lanes *= 2",
     ),
-    "tile: columns one to the right": (
-        "warp_tile.cuh", "columns() const { return at(column); }",
-        "columns() const { return at(column) + 1; }",
-    ),
+    "tile: columns of another lane": (TILE, "return at(column);", "return at(column ^ 4);"),
     "tile: convolution window shifted": (
-        "warp_tile.cuh", "window[0][e] = window[1][e];", "window[0][e] = window[2][e];",
+        TILE, "window[0][e] = window[1][e];", "window[0][e] = window[2][e];",
     ),
-    "tile: rotation one item late": ("warp_tile.cuh", "      set(start + t);\n    } else {\n      advance();",
-                                     "      set(start + t + 1);\n    } else {\n      advance();"),
-    "unit: length not clamped": ("common.cuh", "length >= 0 && length <= p.L;", "length >= 0;"),
-    "unit: decreasing offsets taken": ("common.cuh", "begin <= end && end <= p.items", "end <= p.items"),
-    "unit: last offset not clamped": ("common.cuh", "begin <= end && end <= p.items;\n", "begin <= end;\n"),
-    "backward: no barrier after the start state": (
-        "backward.cuh",
-        BARRIER + "  }\n\n  // Scan 1",
-        "  }\n\n  // Scan 1",
+    "tile: rotation one item late": (
+        TILE, "set(start + t); } else { advance();", "set(start + t + 1); } else { advance();",
     ),
-    "backward: no barrier before scan 1": (
-        "backward.cuh",
-        "  " + BARRIER + "#pragma unroll\n      for (int j = 0; j < T; ++j) {\n        Quad num",
-        "#pragma unroll\n      for (int j = 0; j < T; ++j) {\n        Quad num",
+    "unit: length not clamped": (UNIT, "length >= 0 && length <= p.L;", "length >= 0;"),
+    "unit: decreasing offsets taken": (
+        UNIT, "begin <= end && end <= p.items", "end <= p.items",
     ),
-    "backward: no barrier after scan 1": (
-        "backward.cuh", BARRIER + "  }\n  RECGRELA_DEVICE void load_dy",
-        "  }\n  RECGRELA_DEVICE void load_dy",
+    "unit: last offset not clamped": (UNIT, "begin <= end && end <= p.items;", "begin <= end;"),
+    "backward: no barrier after the start state": no_barrier(BACKWARD, "} // How many items"),
+    "backward: no barrier while S is restored": no_barrier(
+        BACKWARD, SCAN + " const float* key"
     ),
-    "backward: no barrier after scan 3": (
-        "backward.cuh", BARRIER + "  }\n\n  // Scan 4", "  }\n\n  // Scan 4",
+    "backward: one buffer while S is restored": (BACKWARD, "% (2 * T)", "% T"),
+    "backward: no barrier before scan 1": no_barrier(BACKWARD, SCAN + " Quad num"),
+    "backward: no barrier after scan 1": no_barrier(
+        BACKWARD, "} RECGRELA_DEVICE void differentiate"
     ),
-    "backward: no barrier after scan 4": (
-        "backward.cuh", BARRIER + "  }\n  // pre_t = bias", "  }\n  // pre_t = bias",
-    ),
-    "backward: one buffer while S is restored": ("backward.cuh", "% (2 * T)", "% T"),
+    "backward: no barrier after scan 3": no_barrier(BACKWARD, "} // Scan 4"),
+    "backward: no barrier after scan 4": no_barrier(BACKWARD, "} // pre_t = bias"),
     "backward: base of T skipped for keys": (
-        "backward.cuh", "if (base_used) add_transposed_base", "if (false) add_transposed_base",
+        BACKWARD, "if (base_used) add_transposed_base", "if (false) add_transposed_base",
     ),
     "backward: base of T skipped for values": (
-        "backward.cuh", "if (base_used) add_base", "if (false) add_base",
+        BACKWARD, "if (base_used) add_base", "if (false) add_base",
     ),
     "backward: convolution ends at the segment": (
-        "backward.cuh", "int r = 2; r >= 0; --r", "int r = -1; r >= 0; --r",
+        BACKWARD, "int r = 2; r >= 0", "int r = -1; r >= 0",
     ),
-    "backward: the normaliser's share of dq dropped": (
-        "backward.cuh", "dphi[e] + ddens[j] * z[e]", "dphi[e]",
+    "backward: the normaliser's share of dq dropped": (BACKWARD, "+ ddens[j] * z[e])", ")"),
+    "backward: a later segment's sum dropped": (BACKWARD, "s = segment + 1;", "s = segment + 2;"),
+    "sums: no barrier": (SUMS, "__syncthreads();", ""),
+    "sums: one part dropped": (SUMS, "i < kLanes; ++i", "i + 1 < kLanes; ++i"),
+    "generic: no barrier after phi": no_barrier(
+        GENERIC, "RECGRELA_EACH(i, D / 2) { A c, s; rotation_at", "__syncthreads();"
     ),
-    "backward: a later segment's sum dropped": (
-        "backward.cuh", "int64_t s = segment + 1;", "int64_t s = segment + 2;",
+    "generic: no barrier inside the block's sum": no_barrier(
+        GENERIC, "A sum = A(0); for (int w", "__syncthreads();"
     ),
-    "sums: no barrier": ("sum_parts.cu", "  __syncthreads();\n", ""),
-    "sums: one part dropped": ("sum_parts.cu", "i < kLanes; ++i", "i + 1 < kLanes; ++i"),
-    "generic: no barrier after phi": (
-        "generic.cuh", "    __syncthreads();\n    RECGRELA_EACH(i, D / 2) {\n      A c, s;\n      rotation_at(p.inv_freq[u.h * (D / 2) + i], u.position + t, &c, &s);\n      turn(",
-        "    RECGRELA_EACH(i, D / 2) {\n      A c, s;\n      rotation_at(p.inv_freq[u.h * (D / 2) + i], u.position + t, &c, &s);\n      turn(",
-    ),
-    "generic: no barrier inside the block's sum": (
-        "generic.cuh", "  __syncthreads();\n  A sum = A(0);", "  A sum = A(0);",
-    ),
-    "step: no barrier before the state": (
-        "gated_rela_step.cu", "  __syncwarp();\n  if constexpr (kD == 0)", "  if constexpr (kD == 0)",
-    ),
-    "step: no barrier behind the state": (
-        "gated_rela_step.cu", "  __syncwarp();\n  step.store", "  step.store",
-    ),
-    "step: a row group's sum dropped": (
-        "gated_rela_step.cu", "int lanes = kQuads; lanes < kWarp", "int lanes = 2 * kQuads; lanes < kWarp",
-    ),
+    "step: no barrier before the state": no_barrier(STEP, "if constexpr (kD == 0)"),
+    "step: no barrier behind the state": no_barrier(STEP, "step.store"),
+    "step: a row group's sum dropped": (STEP, "int lanes = kQuads;", "int lanes = 2 * kQuads;"),
 }  # fmt: skip
 
 
@@ -164,9 +146,10 @@ def run_mutant(name: str, base: Path, scratch: Path) -> str:
         shutil.copytree(ROOT / "tests/cuda_shim", tree / "tests/cuda_shim")
         path = tree / "csrc/cuda" / file
         text = path.read_text(encoding="utf-8")
-        if old not in text:
+        place = re.compile(r"\s+".join(map(re.escape, old.split())))
+        if place.search(text) is None:
             return "gone: the source no longer holds the text this mutant replaces"
-        path.write_text(text.replace(old, new), encoding="utf-8")
+        path.write_text(place.sub(lambda _: new, text), encoding="utf-8")
         objects = [base / f"{source.name}.o" for source in test_sources()]
         for source in sorted((tree / "csrc/cuda").glob("*.cu")):
             target = base / f"{source.name}.o"
@@ -195,7 +178,8 @@ def main() -> int:
         unbroken = outcome(base, [base / f"{s.name}.o" for s in sources])
         print(f"{unbroken:6} the kernels as they are", flush=True)
         survivors = 0 if unbroken == "green" else 1
-        for name, result in zip(names, pool.map(lambda n: run_mutant(n, base, base), names)):
+        results = pool.map(lambda n: run_mutant(n, base, base), names)
+        for name, result in zip(names, results, strict=True):
             print(f"{name}: {result}", flush=True)
             survivors += not result.startswith("red")
     print(f"{len(names)} mutants, {survivors} not as expected")

@@ -60,9 +60,7 @@ void check_backward(const Case& c, const reference::Problem& p, Run& run) {
   const reference::Gradients expected = reference::backward(p, dy, dfinal);
   const int error = run.backward(dy, dfinal);
   expect(error == 0, c.name, "launch backward", error);
-  const double limit = c.dtype == DType::kFloat    ? 40
-                       : c.dtype == DType::kDouble ? 200
-                                                   : 0.75;
+  const double limit = c.dtype == DType::kFloat ? 40 : c.dtype == DType::kDouble ? 200 : 0.75;
   const auto rows = [&](const char* what, RowBuffer& got, const Values& wanted) {
     const double off = error_of(got.values(), wanted, int64_t(wanted.size()), digits_of(c.dtype));
     expect(off <= limit, c.name, what, off);
@@ -121,9 +119,9 @@ void check_reference() {
   };
   const reference::Gradients g = reference::backward(p, dy, dfinal);
   const std::pair<Values*, const Values*> pairs[] = {
-      {&p.q, &g.q},           {&p.k, &g.k},       {&p.v, &g.v},   {&p.gate, &g.gate},
-      {&p.weight, &g.weight}, {&p.bias, &g.bias}, {&p.kv, &g.kv}, {&p.k_sum, &g.k_sum},
-      {&p.conv, &g.conv}};
+      {&p.q, &g.q},       {&p.k, &g.k},           {&p.v, &g.v},
+      {&p.gate, &g.gate}, {&p.weight, &g.weight}, {&p.bias, &g.bias},
+      {&p.kv, &g.kv},     {&p.k_sum, &g.k_sum},   {&p.conv, &g.conv}};
   double worst = 0;
   for (const auto& [input, gradient] : pairs) {
     for (std::size_t i = 0; i < input->size(); ++i) {
@@ -255,8 +253,8 @@ void check_step(int64_t D, DType dtype, int64_t W, bool gate, bool augment) {
     const double sums = error_of(part(kv, b, C * D), part(moved ? expected.kv : p.kv, b, C * D),
                                  D * D, digits_of(run.acc));
     expect(sums <= (moved ? 16 : 0), c.name, "kv", sums);
-    const double window = error_of(part(conv, b, past * C),
-                                   part(moved ? expected.conv : p.conv, b, past * C), 1, 23);
+    const double window =
+        error_of(part(conv, b, past * C), part(moved ? expected.conv : p.conv, b, past * C), 1, 23);
     expect(window == 0, c.name, "conv window", window);
   }
 }

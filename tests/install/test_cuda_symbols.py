@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -53,4 +52,5 @@ def test_the_stream_symbol_resolves_on_a_cuda_torch(library: ctypes.CDLL) -> Non
 
 def test_build_info_names_the_toolkit(library: ctypes.CDLL) -> None:
     info = _library.build_info()
-    assert info["cuda_toolkit"] and info["cuda_archs"], sys.executable
+    assert info["cuda_toolkit"] is not None
+    assert info["cuda_archs"] != []
