@@ -26,7 +26,9 @@ from native_build import nvcc_flags  # noqa: E402
 
 # Bytes of stack frame a kernel may have: (pattern of its name, limit, why). Lower them, never
 # raise them.
-ALLOWED: tuple[tuple[str, int, str], ...] = ()
+ALLOWED: tuple[tuple[str, int, str], ...] = (
+    (r"backward_kernel<\w+,64,", 512, "128 registers hold S; what else a lane keeps does not fit"),
+)
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")

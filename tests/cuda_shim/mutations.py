@@ -69,7 +69,6 @@ MUTANTS: dict[str, Mutant] = {
         UNIT, "begin <= end && end <= p.items", "end <= p.items",
     ),
     "unit: last offset not clamped": (UNIT, "begin <= end && end <= p.items;", "begin <= end;"),
-    "backward: no barrier after the start state": no_barrier(BACKWARD, "} // How many items"),
     "backward: no barrier while S is restored": no_barrier(
         BACKWARD, SCAN + " const float* key"
     ),

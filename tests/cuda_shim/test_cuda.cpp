@@ -160,7 +160,11 @@ void check_malformed(int64_t D, DType dtype, Layout layout, int64_t entry, int64
   const reference::Problem p = random_problem(c, 9);
   const reference::Result expected = reference::forward(p);
   Run run(c, p);
-  (layout == Layout::kPacked ? run.cu_seqlens : run.lengths)[entry] = value;
+  std::vector<int64_t>& values = layout == Layout::kPacked ? run.cu_seqlens : run.lengths;
+  values[entry] = value;
+  for (std::size_t i = entry; layout == Layout::kPacked && value > p.items && i < values.size();
+       ++i)
+    values[i] = value;  // and so do not decrease behind it
   expect(run.forward(true) == 0, c.name, "launch", 0);
   const Values dy(p.items * D, 1.0);
   expect(run.backward(dy, {}) == 0, c.name, "launch backward", 0);
@@ -190,6 +194,7 @@ void check_malformed() {
       check_malformed(D, dtype, Layout::kPadded, 2, 1000000000, {2});
       check_malformed(D, dtype, Layout::kPacked, 2, 3, {0, 1, 2});  // decreases
       check_malformed(D, dtype, Layout::kPacked, 4, 1000000000, {3});
+      check_malformed(D, dtype, Layout::kPacked, 2, 1000000000, {1, 2, 3});
       check_malformed(D, dtype, Layout::kPacked, 0, -7, {0});
     }
   }
