@@ -2,9 +2,9 @@
 
     python tests/cuda_shim/mutations.py [word in the mutants' names ...]
 
-A mutant that stays green is an error, as is one whose place in the source is gone. Three barriers of
-the backward have no mutant: shuffles stand between the accesses they order, and the shim, unlike a
-GPU, orders memory at a shuffle too.
+A mutant that stays green is an error, as is one whose place in the source is gone. Four barriers of
+the backward have no mutant: shuffles stand between the accesses they order, and the shim, unlike
+a GPU, orders memory at a shuffle too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ MUTANTS: dict[str, Mutant] = {
     "backward: no barrier after scan 1": no_barrier(
         BACKWARD, "} RECGRELA_DEVICE void differentiate"
     ),
-    "backward: no barrier after scan 4": no_barrier(BACKWARD, "} // pre_t = bias"),
     "backward: base of T skipped for keys": (
         BACKWARD, "if (base_used) add_transposed_base", "if (false) add_transposed_base",
     ),
