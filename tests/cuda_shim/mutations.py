@@ -3,8 +3,8 @@
     python tests/cuda_shim/mutations.py [word in the mutants' names ...]
 
 A mutant that stays green is an error, as is one whose place in the source is gone. Four barriers of
-the backward have no mutant: shuffles stand between the accesses they order, and the shim, unlike
-a GPU, orders memory at a shuffle too.
+the backward and one of the step have no mutant: shuffles stand between the accesses they order, and
+the shim, unlike a GPU, orders memory at a shuffle too.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ MUTANTS: dict[str, Mutant] = {
     "generic: no barrier inside the block's sum": no_barrier(
         GENERIC, "A sum = A(0); for (int w", "__syncthreads();"
     ),
-    "step: no barrier before the state": no_barrier(STEP, "if constexpr (kD == 0)"),
     "step: no barrier behind the state": no_barrier(STEP, "step.store"),
     "step: a row group's sum dropped": (STEP, "int lanes = kQuads;", "int lanes = 2 * kQuads;"),
 }  # fmt: skip

@@ -341,6 +341,11 @@ std::vector<Case> cases(bool all) {
     c.D = 32;
     if (all) add(c);
   }
+  Case many;  // more parts of the convolution's gradients than threads that sum them
+  many.H = 1;
+  many.layout = Layout::kPacked;
+  many.lengths.assign(40, 3);
+  add(many);
   for (int64_t D : {8, 16, 64, 10}) {  // the base and, but for D 10, segments of a sequence
     Case c;
     c.D = D;
