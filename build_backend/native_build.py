@@ -93,8 +93,10 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
     cpp = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
     objects = [edge(lines, "cxx", path, [*CXX_FLAGS, *stable]) for path in cpp if path.is_file()]
     if toolkit:
-        flags = [*nvcc_flags(toolkit), *stable]
-        objects += [edge(lines, "nvcc", path, flags) for path in cuda_sources]
+        # The wrappers know torch and no CUDA header, the kernels CUDA and no torch.
+        wrappers = sorted(Path("csrc/cuda").rglob("*.cpp"))
+        objects += [edge(lines, "cxx", path, [*CXX_FLAGS, *stable]) for path in wrappers]
+        objects += [edge(lines, "nvcc", path, nvcc_flags(toolkit)) for path in cuda_sources]
     # --no-as-needed: the CUDA symbols of torch are reached through libtorch alone, and nothing
     # here names one directly. No rpath: torch is imported first and brings its libraries along.
     # libstdc++ comes first, because libtorch_cpu carries copies of some of its symbols.
@@ -142,7 +144,7 @@ def nvcc_flags(toolkit: Toolkit) -> list[str]:
 
 
 def edge(lines: list[str], rule: str, source: Path, flags: Iterable[str]) -> Path:
-    target = WORK / source.with_name(source.name + ".o")
+    target = WORK / source.parent / (source.name + ".o")
     lines.append(f"build {target}: {rule} {source}\n  flags = {quoted(flags)}")
     return target
 

@@ -91,18 +91,15 @@ inline void check_float(const char* op, const Tensor& q) {
   RECGRELA_CHECK(D >= 2 && D % 2 == 0, op, ": q must have an even last dimension, got ", D);
 }
 
-// Values a kernel will index with; only on the CPU, where reading them does not synchronise.
-inline void check_lengths(const char* op, const Tensor& lengths, int64_t L) {
-  const int64_t* values = static_cast<const int64_t*>(lengths.const_data_ptr());
-  for (int64_t b = 0; b < lengths.numel(); ++b) {
+// Values a kernel will index with, in host memory: on CUDA, reading them back would synchronise.
+inline void check_lengths(const char* op, const int64_t* values, int64_t B, int64_t L) {
+  for (int64_t b = 0; b < B; ++b) {
     RECGRELA_CHECK(values[b] >= 0 && values[b] <= L, op, ": lengths must be between 0 and L = ", L,
                    ", got ", values[b], " at ", b);
   }
 }
 
-inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t items) {
-  const int64_t* values = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
-  const int64_t B = cu_seqlens.numel() - 1;
+inline void check_cu_seqlens(const char* op, const int64_t* values, int64_t B, int64_t items) {
   RECGRELA_CHECK(values[0] == 0, op, ": cu_seqlens must start with 0, got ", values[0]);
   for (int64_t b = 0; b < B; ++b) {
     RECGRELA_CHECK(values[b] <= values[b + 1], op, ": cu_seqlens must not decrease, got ",
@@ -110,6 +107,15 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t i
   }
   RECGRELA_CHECK(values[B] == items, op, ": cu_seqlens must end with the number of rows ", items,
                  ", got ", values[B]);
+}
+
+inline void check_lengths(const char* op, const Tensor& lengths, int64_t L) {
+  check_lengths(op, static_cast<const int64_t*>(lengths.const_data_ptr()), lengths.numel(), L);
+}
+
+inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t items) {
+  const auto* values = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
+  check_cu_seqlens(op, values, cu_seqlens.numel() - 1, items);
 }
 
 }  // namespace recgrela

@@ -1,0 +1,86 @@
+// gated_rela_step on CUDA: checks and the launch. The kernel is in gated_rela_step.cu.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../ops.h"
+#include "arguments.h"
+
+namespace recgrela {
+
+using namespace cuda;
+
+namespace {
+
+// A state that is written in place: one user contiguous, any stride between users.
+void check_state(const char* op, const char* name, const Tensor& x,
+                 std::initializer_list<int64_t> shape, const Dims& d, const Tensor& q) {
+  check_shape(op, name, x, shape);
+  RECGRELA_CHECK(x.scalar_type() == d.acc, op, ": ", name, " must have dtype ", d.acc, ", got ",
+                 x.scalar_type());
+  RECGRELA_CHECK(x.device() == q.device(), op, ": ", name, " must be on the device of q");
+  int64_t expected = 1;
+  for (int64_t i = x.dim() - 1; i > 0; --i) {
+    RECGRELA_CHECK(x.numel() == 0 || x.size(i) == 1 || x.stride(i) == expected, op, ": ", name,
+                   " must be contiguous inside one sequence");
+    expected *= x.size(i);
+  }
+  RECGRELA_CHECK(x.numel() == 0 || x.size(0) == 1 || x.stride(0) >= expected, op, ": ", name,
+                 " must not overlap between sequences, got batch stride ", x.stride(0));
+}
+
+}  // namespace
+
+Tensor gated_rela_step_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
+                            OptionalTensor conv_weight, OptionalTensor conv_bias, Tensor kv,
+                            Tensor k_sum, Tensor conv, Tensor position, OptionalTensor active,
+                            double eps) {
+  const char* op = "gated_rela_step";
+  RECGRELA_CHECK(q.dim() == 3, op, ": q must have shape [B, H, D], got ", shape_text(q));
+  check_rows(op, "q", q, q);
+  check_rows(op, "k", k, q);
+  check_rows(op, "v", v, q);
+  check_rows(op, "gate", gate, q);
+  Dims d{};
+  check_parameters(op, q, inv_freq, conv_weight, conv_bias, d);
+  d.B = q.size(0);
+  check_dense(op, "position", position, {d.B}, ScalarType::Long, q);
+  check_dense(op, "active", active, {d.B}, ScalarType::Bool, q);
+  check_state(op, "kv", kv, {d.B, d.H, d.D, d.D}, d, q);
+  check_state(op, "k_sum", k_sum, {d.B, d.H, d.D}, d, q);
+  check_state(op, "conv", conv, {d.B, d.W - 1, d.H * d.D}, d, q);
+
+  Tensor out = torch::stable::new_empty(q, {d.B, d.H, d.D});
+  const auto rows = [](const Tensor& x) {
+    Rows r = rows_of(x, true);  // [B, H, D]: the first dimension is the batch
+    r.batch_stride = r.item_stride;
+    r.item_stride = 0;
+    return r;
+  };
+  GatedRelaStepParams p{};
+  p.dtype = kernel_dtype(d.dtype);
+  p.B = d.B;
+  p.H = d.H;
+  p.D = d.D;
+  p.W = d.W;
+  p.eps = eps;
+  p.q = rows(q);
+  p.k = rows(k);
+  p.v = rows(v);
+  if (gate) p.gate = rows(*gate);
+  p.out = rows(out);
+  p.inv_freq = static_cast<const double*>(inv_freq.const_data_ptr());
+  p.conv_weight = data_or_null(conv_weight);
+  p.conv_bias = data_or_null(conv_bias);
+  p.state = states_of(kv, k_sum, conv, &position);
+  p.active = static_cast<const bool*>(data_or_null(active));
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_launch(op, launch_gated_rela_step(p, current_stream(q)));
+  return out;
+}
+
+}  // namespace recgrela
+
+STABLE_TORCH_LIBRARY_IMPL(recgrela, CUDA, m) {
+  m.impl("gated_rela_step", TORCH_BOX(&recgrela::gated_rela_step_cuda));
+}

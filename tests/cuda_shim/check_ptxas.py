@@ -1,0 +1,101 @@
+"""Compiles csrc/cuda with nvcc for every architecture and judges what ptxas says of each kernel.
+
+    python tests/cuda_shim/check_ptxas.py [arch ...]        for instance: 9.0
+
+No kernel may spill registers or use local memory, but for those named below, each with its limit.
+Prints one line a kernel and architecture; exits with 1 where one breaks the rule. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
+from native_build import nvcc_flags  # noqa: E402
+
+# Bytes of stack frame a kernel may have: (pattern of its name, limit, why). Lower them, never
+# raise them.
+ALLOWED: tuple[tuple[str, int, str], ...] = (
+    (r"backward_kernel<\w+,64,", 512, "128 registers hold S; what else a lane keeps does not fit"),
+    (r"backward_kernel<float,32,false>", 64, "8 bytes on sm_90"),
+    (r"backward_kernel<\w+,8,true>", 64, "32 bytes on sm_90, in the sums of segments alone"),
+)
+KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
+MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+
+
+def compile_one(source: Path, toolkit: Toolkit, folder: Path) -> tuple[str, float]:
+    target = folder / f"{source.name}.o"
+    command = [toolkit.nvcc, *nvcc_flags(toolkit), "-Xptxas=-v", "-c", str(source)]
+    start = time.monotonic()
+    run = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, cwd=ROOT)
+    if run.returncode != 0:
+        raise SystemExit(f"{source.name} does not compile:\n{run.stderr}")
+    return demangled(run.stdout + run.stderr), time.monotonic() - start
+
+
+def demangled(text: str) -> str:
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return text
+    names = sorted(set(re.findall(r"_Z\w+", text)), key=len, reverse=True)
+    answer = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout
+    for name, plain in zip(names, answer.splitlines(), strict=True):
+        short = re.sub(r"recgrela::cuda::|\(anonymous namespace\)::|^void |\(.*\)|\s", "", plain)
+        text = text.replace(name, short)
+    return text
+
+
+def judge(text: str) -> list[tuple[str, str, int, int, int, bool]]:
+    """Per kernel: name, arch, registers, stack bytes, spilled bytes, whether that is allowed."""
+    found = []
+    for block in re.split(r"(?=Compiling entry function)", text)[1:]:
+        kernel, memory, used = KERNEL.search(block), MEMORY.search(block), USED.search(block)
+        if not (kernel and memory and used):
+            raise SystemExit(f"ptxas' words are not understood:\n{block[:500]}")
+        stack, spilled = int(memory[1]), int(memory[2]) + int(memory[3])
+        limit = max([bytes_ for name, bytes_, _ in ALLOWED if re.search(name, kernel[1])] or [0])
+        allowed = stack <= limit and (spilled == 0 or limit > 0)
+        found.append((kernel[1], kernel[2], int(used[1]), stack, spilled, allowed))
+    return found
+
+
+def main() -> int:
+    if sys.argv[1:]:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(sys.argv[1:])
+    os.environ.setdefault("RECGRELA_CUDA", "1")
+    toolkit = find_toolkit(True)
+    assert toolkit is not None
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    start, broken = time.monotonic(), 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        jobs = pool.map(lambda s: compile_one(s, toolkit, Path(folder)), sources)
+        for source, (text, seconds) in zip(sources, jobs, strict=True):
+            print(f"{source.name}: {seconds:.0f} s", flush=True)
+            for name, arch, registers, stack, spilled, allowed in judge(text):
+                word = "ok  " if allowed else "FAIL"
+                broken += not allowed
+                print(f"  {word} sm_{arch} {name}: {registers} registers, {stack} bytes of stack, "
+                      f"{spilled} spilled")  # fmt: skip
+    wall = time.monotonic() - start
+    print(f"architectures {' '.join(toolkit.archs)}: {wall:.0f} s, {broken} kernels break the rule")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

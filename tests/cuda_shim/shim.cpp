@@ -1,0 +1,210 @@
+// The scheduler behind cuda_runtime.h: fibers by ucontext, told to AddressSanitizer where it runs.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define TELL_START(save, stack, size) __sanitizer_start_switch_fiber(save, stack, size)
+#define TELL_FINISH(save, stack, size) __sanitizer_finish_switch_fiber(save, stack, size)
+#else
+#define TELL_START(save, stack, size) (void)0
+#define TELL_FINISH(save, stack, size) (void)0
+#endif
+
+namespace shim {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr std::size_t kStack = 256 * 1024;
+constexpr unsigned kLanes = 32;
+
+enum class State { kReady, kAtBlockBarrier, kAtWarp, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state;
+  void* fake_stack = nullptr;
+};
+
+struct Warp {
+  uint64_t values[2][kLanes];  // of this collective and of the one before
+  unsigned arrived, round;
+};
+
+Order order = Order::kForward;
+std::mt19937 generator;
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Warp> warps;
+std::vector<unsigned char> shared;
+unsigned char* shared_start = nullptr;
+ucontext_t scheduler;
+[[maybe_unused]] const void* scheduler_stack = nullptr;
+[[maybe_unused]] std::size_t scheduler_size = 0;
+[[maybe_unused]] void* scheduler_fake = nullptr;
+const std::function<void()>* body = nullptr;
+
+[[noreturn]] void stop(const char* what) {
+  std::fprintf(stderr, "cuda_shim: %s (block %u)\n", what, block_index.x);
+  std::abort();
+}
+
+// From the running fiber back to the scheduler.
+void give_way(State state) {
+  const unsigned self = thread_index.x;
+  Fiber& fiber = *fibers[self];
+  fiber.state = state;
+  TELL_START(state == State::kDone ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_size);
+  swapcontext(&fiber.context, &scheduler);
+  TELL_FINISH(fiber.fake_stack, nullptr, nullptr);
+  thread_index.x = self;
+}
+
+void entry() {
+  TELL_FINISH(nullptr, &scheduler_stack, &scheduler_size);
+  (*body)();
+  give_way(State::kDone);
+}
+
+void resume(unsigned thread) {
+  Fiber& fiber = *fibers[thread];
+  thread_index.x = thread;
+  TELL_START(&scheduler_fake, fiber.stack.get(), kStack);
+  swapcontext(&scheduler, &fiber.context);
+  TELL_FINISH(scheduler_fake, nullptr, nullptr);
+}
+
+std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> list(count);
+  std::iota(list.begin(), list.end(), 0u);
+  if (order == Order::kReverse) std::reverse(list.begin(), list.end());
+  if (order == Order::kShuffled) std::shuffle(list.begin(), list.end(), generator);
+  return list;
+}
+
+void start(unsigned threads) {
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  warps.assign((threads + kLanes - 1) / kLanes, Warp{});
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = *fibers[t];
+    fiber.state = State::kReady;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+  }
+}
+
+// Opens the block's barrier when all threads wait there.
+bool open_barrier(unsigned threads) {
+  for (unsigned t = 0; t < threads; ++t) {
+    if (fibers[t]->state != State::kAtBlockBarrier) return false;
+  }
+  for (unsigned t = 0; t < threads; ++t) fibers[t]->state = State::kReady;
+  return true;
+}
+
+void run_block(unsigned threads, std::size_t shared_bytes) {
+  const float nan = std::nanf("");
+  // Exactly as large as asked for, so that AddressSanitizer sees an access behind it.
+  shared = std::vector<unsigned char>();
+  shared.resize(shared_bytes);
+  shared.shrink_to_fit();
+  for (std::size_t i = 0; i + sizeof(nan) <= shared_bytes; i += sizeof(nan)) {
+    std::memcpy(shared.data() + i, &nan, sizeof(nan));
+  }
+  shared_start = shared.data();
+  start(threads);
+  for (;;) {
+    bool moved = false, done = true;
+    for (unsigned t : in_order(threads)) {
+      if (fibers[t]->state == State::kReady) {
+        resume(t);
+        moved = true;
+      }
+      done = done && fibers[t]->state == State::kDone;
+    }
+    if (done) return;
+    if (!moved && !open_barrier(threads)) stop("a barrier never fills");
+  }
+}
+
+}  // namespace
+
+void set_order(Order wanted, unsigned seed) {
+  order = wanted;
+  generator.seed(seed);
+}
+
+void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % int(kLanes) != 0 || threads > 1024) stop("a block must be whole warps");
+  if (shared_bytes > 227 * 1024) stop("more shared memory than a multiprocessor has");
+  body = &kernel;
+  block_size.x = unsigned(threads);
+  grid_size.x = unsigned(blocks);
+  for (unsigned block : in_order(unsigned(blocks))) {
+    block_index.x = block;
+    run_block(unsigned(threads), std::size_t(shared_bytes));
+  }
+}
+
+unsigned char* shared_memory() { return shared_start; }
+
+void block_barrier() { give_way(State::kAtBlockBarrier); }
+
+uint64_t exchange(uint64_t value, unsigned source) {
+  const unsigned self = thread_index.x, lane = self % kLanes, first = self - lane;
+  Warp& warp = warps[self / kLanes];
+  const unsigned buffer = warp.round % 2;
+  warp.values[buffer][lane] = value;
+  if (++warp.arrived < kLanes) {
+    give_way(State::kAtWarp);
+  } else {
+    warp.arrived = 0;
+    ++warp.round;
+    for (unsigned t = first; t < first + kLanes; ++t) {
+      if (fibers[t]->state == State::kAtWarp) fibers[t]->state = State::kReady;
+    }
+    give_way(State::kReady);  // not always the first to go on
+  }
+  return warp.values[buffer][source];
+}
+
+void need_full_mask(unsigned mask) {
+  if (mask != 0xffffffffu) stop("a warp collective must name all 32 lanes");
+}
+
+float half_to_float(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return float(x);
+}
+
+uint16_t float_to_half(float x) {
+  const _Float16 rounded = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  return bits;
+}
+
+uint16_t float_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return 0x7fff;
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace shim
