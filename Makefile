@@ -53,6 +53,7 @@ demo: $(INSTALLED)
 #   make gpu PYTHON=python3          (needs nvcc, setuptools, pybind11, ninja, pytest, hypothesis)
 # The library is built for the GPU at hand, in place. `make -k gpu` goes on after a part that failed.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+gpu gpu-test gpu-sanitize gpu-bench: export RECGRELA_CUDA_KERNELS = 1
 
 gpu-ready:
 	@$(PYTHON) -c 'import importlib.util as u, sys; \

@@ -44,6 +44,10 @@ def _load() -> frozenset[str]:
             has = torch._C._dispatch_has_kernel_for_dispatch_key
             keys = {"cpu": "CPU", "cuda": "CUDA"}
             found = {d for d, key in keys.items() if has("recgrela::gated_rela_forward", key)}
+            # The CUDA kernels have run on a CPU under tests/cuda_shim, on no GPU yet: whoever has
+            # one asks for them. Take this away once `make gpu` has passed somewhere.
+            if os.environ.get("RECGRELA_CUDA_KERNELS", "") in ("", "0"):
+                found.discard("cuda")
             return frozenset(found)
     warnings.warn(_REFERENCE_ONLY.format(reason=reason, remedy=remedy), stacklevel=2)
     return frozenset()

@@ -33,7 +33,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
     elif "cuda" not in _library.KERNEL_DEVICES:
-        reason = "the library has no CUDA kernels"
+        reason = "no CUDA kernels: build with nvcc, set RECGRELA_CUDA_KERNELS=1"
     if reason and os.environ.get("RECGRELA_REQUIRE_GPU") == "1":
         pytest.fail(f"RECGRELA_REQUIRE_GPU=1, but {reason}", pytrace=False)
     if reason:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ print(ctypes.CDLL(sys.argv[1]).recgrela_has_cuda_streams())
 
 @pytest.fixture
 def library() -> ctypes.CDLL:
-    if "cuda" not in _library.KERNEL_DEVICES:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("recgrela::gated_rela", "CUDA"):
         pytest.skip("librecgrela.so was built without CUDA")
     return ctypes.CDLL(str(_library.LIBRARY))
 
@@ -30,6 +31,16 @@ def library() -> ctypes.CDLL:
 def test_kernels_are_registered_without_a_gpu(library: ctypes.CDLL) -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert [name for name in OPERATORS if not has(f"recgrela::{name}", "CUDA")] == []
+
+
+@pytest.mark.parametrize("wish", ["", "0", "1"])
+def test_untried_kernels_are_asked_for(library: ctypes.CDLL, wish: str) -> None:
+    code = "from recgrela_ext import _library; print(*sorted(_library.KERNEL_DEVICES))"
+    environment = os.environ | {"RECGRELA_CUDA_KERNELS": wish}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == ("cpu cuda" if wish == "1" else "cpu")
 
 
 def test_the_stream_symbol_follows_this_torch(library: ctypes.CDLL) -> None:
