@@ -135,7 +135,9 @@ def _cuda(options: argparse.Namespace) -> int:
     elif not torch.cuda.is_available():
         raise SystemExit("benchmarks cuda: torch sees no CUDA device (--dry-run needs none)")
     elif "cuda" not in _library.KERNEL_DEVICES:
-        raise SystemExit("benchmarks cuda: no CUDA kernels: build with nvcc, set RECGRELA_CUDA_KERNELS=1")
+        raise SystemExit(
+            "benchmarks cuda: no CUDA kernels: build with nvcc, set RECGRELA_CUDA_KERNELS=1"
+        )
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     context = cuda.Context(device, options.quick, options.compile)
     nbytes = 2**24 if options.quick else 2**32

@@ -51,7 +51,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset({"cpu"}))
-    with pytest.raises(SystemExit, match=r"^benchmarks cuda: the library has no CUDA kernels"):
+    with pytest.raises(SystemExit, match=r"^benchmarks cuda: no CUDA kernels"):
         main(["cuda"])
 
 
