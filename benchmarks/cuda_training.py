@@ -138,7 +138,9 @@ def recompute_mlp(model: RecGRELA) -> None:
     for layer in model.encoder.layers:
         mlp: Any = layer.mlp
         forward = mlp.forward
-        mlp.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=False)
+        mlp.forward = lambda x, residual=None, f=forward: checkpoint(
+            f, x, residual, use_reentrant=False
+        )
 
 
 def peak_memory(work: Work, device: torch.device) -> int:

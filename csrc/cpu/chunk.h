@@ -15,7 +15,7 @@ struct Chunk {
   A* value_rows;     // [W-1 + kChunk, Dp]: copies, where `values` cannot be in place
   Source<A> values;  // row t + W - 1 is v_t: the W - 1 values before the chunk come first
   A* num;            // [kChunk, Dp]
-  A* scale;          // [kChunk]: 1 / (den + eps n)
+  A *den, *scale;    // [kChunk]: den + eps n, and 1 / that
   A* tail;           // [lanes]: 1 in the lanes that a row's last vector fills, else 0
   A *weight, *bias;  // [W, Dp], [Dp]
   RunningState<A> state;
@@ -33,6 +33,7 @@ void lay_out(Chunk<A>& c, Scratch& scratch, const GatedRelaParams& p, bool backw
   c.phi_q = backward ? scratch.take<A>(rows) : nullptr;
   c.phi_k = backward ? scratch.take<A>(rows) : nullptr;
   c.value_rows = scratch.take<A>((c.W - 1) * c.Dp + rows);
+  c.den = scratch.take<A>(kChunk);
   c.scale = scratch.take<A>(kChunk);
   c.tail = scratch.take<A>(kLanes<A>);
   c.weight = scratch.take<A>(c.W * c.Dp);
@@ -131,10 +132,11 @@ RECGRELA_NOINLINE void map_keys(Chunk<A>& c, const Source<A>& q, const Source<A>
       store_vector(rotated<false, A>(query, cosine, sine), c.rot_q + row + m * L);
       store_vector(rotated<false, A>(key, cosine, sine), c.rot_k + row + m * L);
     }
-    c.scale[t] = sum_lanes<A>(dot);
+    c.den[t] = sum_lanes<A>(dot);
   }
   for (int t = 0; t < c.n; ++t) {
-    c.scale[t] = A(1) / (c.scale[t] + A(eps * double(first_count + t)));
+    c.den[t] += A(eps * double(first_count + t));
+    c.scale[t] = A(1) / c.den[t];
   }
 }
 

@@ -68,7 +68,7 @@ RECGRELA_NOINLINE void differentiate_rows(BackwardRows<A>& w, const Source<A>& g
     Vec<A> dot = {};
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
-      const Vec<A> o = load_vector(c.num + at) * scale;
+      const Vec<A> o = divided(load_vector(c.num + at), c.den[t], scale);
       Vec<A> d_o = load_vector(dy.row(t) + m * L), sum = o;
       SiluAndSlope<A> a{};
       if (kConv) {

@@ -10,7 +10,7 @@ RECGRELA_NOINLINE void finish_chunk(const Chunk<A>& c, const Source<A>& gate, co
     if (kGate) prefetch_row<false>(gate.row(t + c.ahead), c.D);
     prefetch_row<true>(out.row(t + c.ahead), c.D);
     for (int64_t m = 0; m < nv; ++m) {
-      Vec<A> y = load_vector(c.num + (t * nv + m) * L) * scale;
+      Vec<A> y = divided(load_vector(c.num + (t * nv + m) * L), c.den[t], scale);
       if (kConv) y += silu<A>(convolved<A, kN, kW>(c, nv, t, m));
       if (kGate) y *= silu<A>(load_vector(gate.row(t) + m * L));
       store_vector(y, out.row(t) + m * L);

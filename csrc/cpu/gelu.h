@@ -16,7 +16,7 @@ constexpr A kNormalEnd = A(12.5);
 // erf is not vectorised. x lies in [-kNormalEnd, kNormalEnd].
 RECGRELA_INLINE Normal<float> normal_at(Vec<float> x) {
   const Vec<float> a = larger(x, -x) * 0.707106781f;
-  const Vec<float> t = reciprocal(a * 0.43f + 1.0f);
+  const Vec<float> t = quotient(splat(1.0f), a * 0.43f + 1.0f);
   Vec<float> p = t * 0.0737079924f - 0.310373688f;
   p = p * t + 0.383706274f;
   p = p * t - 0.0857263146f;

@@ -78,20 +78,20 @@ RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return _mm_min_
 RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return _mm_max_ps(x, y); }
 RECGRELA_INLINE Vec<float> rough_reciprocal(Vec<float> x) { return _mm_rcp_ps(x); }
 #endif
-// One Newton step from the processor's estimate: within 2 units in the last place, and a fraction
-// of a division's time. Needs 1/x to be a normal number.
-RECGRELA_INLINE Vec<float> reciprocal(Vec<float> x) {
-  const Vec<float> r = rough_reciprocal(x);
-  return r + r * (1.0f - x * r);
+// x / y from the processor's estimate of 1/y and what the product leaves over: within 2 units in
+// the last place, and a fraction of a division's time. Needs 1/y to be a normal number.
+RECGRELA_INLINE Vec<float> quotient(Vec<float> x, Vec<float> y) {
+  const Vec<float> r = rough_reciprocal(y), q = x * r;
+  return q + r * (x - q * y);
 }
 #else
 RECGRELA_INLINE Vec<float> smaller(Vec<float> x, Vec<float> y) { return x < y ? x : y; }
 RECGRELA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) { return x > y ? x : y; }
-RECGRELA_INLINE Vec<float> reciprocal(Vec<float> x) { return 1.0f / x; }
+RECGRELA_INLINE Vec<float> quotient(Vec<float> x, Vec<float> y) { return x / y; }
 #endif
 RECGRELA_INLINE Vec<double> smaller(Vec<double> x, Vec<double> y) { return x < y ? x : y; }
 RECGRELA_INLINE Vec<double> larger(Vec<double> x, Vec<double> y) { return x > y ? x : y; }
-RECGRELA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+RECGRELA_INLINE Vec<double> quotient(Vec<double> x, Vec<double> y) { return x / y; }
 
 // exp of x in [-87, 88], within 1 unit in the last place. libm's exp is not vectorised. A NaN's
 // exponent bits would be added to: every caller must bring x itself into its result.
@@ -143,7 +143,7 @@ RECGRELA_INLINE Vec<A> slope_of(Vec<A> phi) {
 template <class A>
 RECGRELA_INLINE Vec<A> silu(Vec<A> x) {
   x = larger(splat(kLowest<A>), x);
-  return x * reciprocal(exp_inside(-smaller(splat(kHighest<A>), x)) + A(1));
+  return quotient(x, exp_inside(-smaller(splat(kHighest<A>), x)) + A(1));
 }
 
 // SiLU(x) and its derivative s + x s (1 - s) from one exp; 1 - s is exp(-x) s, without
@@ -156,8 +156,15 @@ template <class A>
 RECGRELA_INLINE SiluAndSlope<A> silu_and_slope(Vec<A> x) {
   x = larger(splat(kLowest<A>), x);
   const Vec<A> e = exp_inside(-smaller(splat(kHighest<A>), x));
-  const Vec<A> s = reciprocal(e + A(1)), value = x * s;
+  const Vec<A> s = quotient(splat(A(1)), e + A(1)), value = quotient(x, e + A(1));
   return {value, s + value * (e * s)};
+}
+
+// x / y where 1/y is at hand, rounded: what the product leaves over is added.
+template <class A>
+RECGRELA_INLINE Vec<A> divided(Vec<A> x, A y, A reciprocal) {
+  const Vec<A> q = x * reciprocal;
+  return q + reciprocal * (x - q * y);
 }
 
 // x[i] = f(x[i]) for vectors, the last one filled up where count is not a multiple.
