@@ -1,6 +1,6 @@
 """Shows that the shim's tests can fail: breaks a copy of the kernels in one place, expects red.
 
-    python tests/cuda_shim/mutations.py [word in the mutants' names ...]
+    python tests/cuda_shim/mutations.py [word in the mutants' names ...] [2/3: the second third]
 
 A mutant that stays green is an error, as is one whose place in the source is gone. Four barriers of
 the backward and one of the step have no mutant: shuffles stand between the accesses they order, and
@@ -165,7 +165,12 @@ def test_sources() -> list[Path]:
 
 
 def main() -> int:
-    names = [n for n in MUTANTS if all(word in n for word in sys.argv[1:])]
+    parts = [word for word in sys.argv[1:] if re.fullmatch(r"[1-9]/[1-9]", word)]
+    words = [word for word in sys.argv[1:] if word not in parts]
+    names = [n for n in MUTANTS if all(word in n for word in words)]
+    for part in parts:
+        number, count = map(int, part.split("/"))
+        names = names[number - 1 :: count]
     jobs = len(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory() as folder,
