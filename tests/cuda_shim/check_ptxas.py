@@ -30,6 +30,12 @@ ALLOWED: tuple[tuple[str, int, str], ...] = (
     (r"backward_kernel<\w+,64,", 512, "128 registers hold S; what else a lane keeps does not fit"),
     (r"backward_kernel<float,32,false>", 64, "8 bytes on sm_90"),
     (r"backward_kernel<\w+,8,true>", 64, "32 bytes on sm_90, in the sums of segments alone"),
+    (r"<double(,0)?>$", 64, "40 bytes on sm_90: sincos of a double keeps an array"),
+    (
+        r"generic_backward_kernel<",
+        64,
+        "16 bytes on sm_90: the path of rare head dims, not a hot one",
+    ),
 )
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
