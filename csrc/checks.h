@@ -91,6 +91,46 @@ inline void check_float(const char* op, const Tensor& q) {
   RECGRELA_CHECK(D >= 2 && D % 2 == 0, op, ": q must have an even last dimension, got ", D);
 }
 
+// H, D, W and dtypes of q [..., H, D], with the checks of what every operator takes beside its
+// rows.
+inline void read_parameters(const char* op, const Tensor& q, const Tensor& inv_freq,
+                            const std::optional<Tensor>& conv_weight,
+                            const std::optional<Tensor>& conv_bias, Dims& d) {
+  d.dtype = q.scalar_type();
+  d.acc = d.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  d.H = q.size(q.dim() - 2);
+  d.D = q.size(q.dim() - 1);
+  d.W = 1;
+  if (conv_weight) {
+    RECGRELA_CHECK(conv_weight->dim() == 2 && conv_weight->size(1) >= 1, op,
+                   ": conv_weight must have shape [H*D, W] with W >= 1, got ",
+                   shape_text(*conv_weight));
+    d.W = conv_weight->size(1);
+  }
+  RECGRELA_CHECK(!conv_bias || conv_weight, op, ": conv_bias must be None without conv_weight");
+  check_dense(op, "inv_freq", inv_freq, {d.H, d.D / 2}, ScalarType::Double, q);
+  check_dense(op, "conv_weight", conv_weight, {d.H * d.D, d.W}, d.acc, q);
+  check_dense(op, "conv_bias", conv_bias, {d.H * d.D}, d.acc, q);
+}
+
+// A state that is written in place: one user contiguous, any stride between users.
+inline void check_written_state(const char* op, const char* name, const Tensor& x,
+                                std::initializer_list<int64_t> shape, const Dims& d,
+                                const Tensor& q) {
+  check_shape(op, name, x, shape);
+  RECGRELA_CHECK(x.scalar_type() == d.acc, op, ": ", name, " must have dtype ", d.acc, ", got ",
+                 x.scalar_type());
+  RECGRELA_CHECK(x.device() == q.device(), op, ": ", name, " must be on the device of q");
+  int64_t expected = 1;
+  for (int64_t i = x.dim() - 1; i > 0; --i) {
+    RECGRELA_CHECK(x.numel() == 0 || x.size(i) == 1 || x.stride(i) == expected, op, ": ", name,
+                   " must be contiguous inside one sequence");
+    expected *= x.size(i);
+  }
+  RECGRELA_CHECK(x.numel() == 0 || x.size(0) == 1 || x.stride(0) >= expected, op, ": ", name,
+                 " must not overlap between sequences, got batch stride ", x.stride(0));
+}
+
 // Values a kernel will index with, in host memory: on CUDA, reading them back would synchronise.
 inline void check_lengths(const char* op, const int64_t* values, int64_t B, int64_t L) {
   for (int64_t b = 0; b < B; ++b) {

@@ -7,26 +7,6 @@
 #include "tensor_params.h"
 
 namespace recgrela {
-namespace {
-
-// A state that is written in place: one user contiguous, any stride between users.
-void check_state(const char* op, const char* name, const Tensor& x,
-                 std::initializer_list<int64_t> shape, const Dims& d, const Tensor& q) {
-  check_shape(op, name, x, shape);
-  RECGRELA_CHECK(x.scalar_type() == d.acc, op, ": ", name, " must have dtype ", d.acc, ", got ",
-                 x.scalar_type());
-  RECGRELA_CHECK(x.device() == q.device(), op, ": ", name, " must be on the device of q");
-  int64_t expected = 1;
-  for (int64_t i = x.dim() - 1; i > 0; --i) {
-    RECGRELA_CHECK(x.numel() == 0 || x.size(i) == 1 || x.stride(i) == expected, op, ": ", name,
-                   " must be contiguous inside one sequence");
-    expected *= x.size(i);
-  }
-  RECGRELA_CHECK(x.numel() == 0 || x.size(0) == 1 || x.stride(0) >= expected, op, ": ", name,
-                 " must not overlap between sequences, got batch stride ", x.stride(0));
-}
-
-}  // namespace
 
 Tensor gated_rela_step_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
                            OptionalTensor conv_weight, OptionalTensor conv_bias, Tensor kv,
@@ -40,27 +20,13 @@ Tensor gated_rela_step_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, Te
   check_rows(op, "v", v, q);
   check_rows(op, "gate", gate, q);
   Dims d{};
-  d.dtype = q.scalar_type();
-  d.acc = d.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  read_parameters(op, q, inv_freq, conv_weight, conv_bias, d);
   d.B = q.size(0);
-  d.H = q.size(1);
-  d.D = q.size(2);
-  d.W = 1;
-  if (conv_weight) {
-    RECGRELA_CHECK(conv_weight->dim() == 2 && conv_weight->size(1) >= 1, op,
-                   ": conv_weight must have shape [H*D, W] with W >= 1, got ",
-                   shape_text(*conv_weight));
-    d.W = conv_weight->size(1);
-  }
-  RECGRELA_CHECK(!conv_bias || conv_weight, op, ": conv_bias must be None without conv_weight");
-  check_dense(op, "inv_freq", inv_freq, {d.H, d.D / 2}, ScalarType::Double, q);
-  check_dense(op, "conv_weight", conv_weight, {d.H * d.D, d.W}, d.acc, q);
-  check_dense(op, "conv_bias", conv_bias, {d.H * d.D}, d.acc, q);
   check_dense(op, "position", position, {d.B}, ScalarType::Long, q);
   check_dense(op, "active", active, {d.B}, ScalarType::Bool, q);
-  check_state(op, "kv", kv, {d.B, d.H, d.D, d.D}, d, q);
-  check_state(op, "k_sum", k_sum, {d.B, d.H, d.D}, d, q);
-  check_state(op, "conv", conv, {d.B, d.W - 1, d.H * d.D}, d, q);
+  check_written_state(op, "kv", kv, {d.B, d.H, d.D, d.D}, d, q);
+  check_written_state(op, "k_sum", k_sum, {d.B, d.H, d.D}, d, q);
+  check_written_state(op, "conv", conv, {d.B, d.W - 1, d.H * d.D}, d, q);
 
   Tensor out = torch::stable::new_empty(q, {d.B, d.H, d.D});
   const auto rows = [](const Tensor& x) {

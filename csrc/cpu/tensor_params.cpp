@@ -15,10 +15,6 @@ Dims check_sequence(const SequenceArgs& a) {
   RECGRELA_CHECK(!(packed && a.lengths), op, ": lengths must be None with cu_seqlens");
 
   Dims d{};
-  d.dtype = a.q.scalar_type();
-  d.acc = d.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  d.H = a.q.size(packed ? 1 : 2);
-  d.D = a.q.size(packed ? 2 : 3);
   d.L = packed ? 0 : a.q.size(1);
   d.packed_items = packed ? a.q.size(0) : 0;
   if (packed) {
@@ -26,17 +22,7 @@ Dims check_sequence(const SequenceArgs& a) {
                    ": cu_seqlens must have shape [B + 1], got ", shape_text(*a.cu_seqlens));
   }
   d.B = packed ? a.cu_seqlens->size(0) - 1 : a.q.size(0);
-  d.W = 1;
-  if (a.conv_weight) {
-    RECGRELA_CHECK(a.conv_weight->dim() == 2 && a.conv_weight->size(1) >= 1, op,
-                   ": conv_weight must have shape [H*D, W] with W >= 1, got ",
-                   shape_text(*a.conv_weight));
-    d.W = a.conv_weight->size(1);
-  }
-  RECGRELA_CHECK(!a.conv_bias || a.conv_weight, op, ": conv_bias must be None without conv_weight");
-  check_dense(op, "inv_freq", a.inv_freq, {d.H, d.D / 2}, ScalarType::Double, a.q);
-  check_dense(op, "conv_weight", a.conv_weight, {d.H * d.D, d.W}, d.acc, a.q);
-  check_dense(op, "conv_bias", a.conv_bias, {d.H * d.D}, d.acc, a.q);
+  read_parameters(op, a.q, a.inv_freq, a.conv_weight, a.conv_bias, d);
   check_dense(op, "lengths", a.lengths, {d.B}, ScalarType::Long, a.q);
   check_dense(op, "cu_seqlens", a.cu_seqlens, {d.B + 1}, ScalarType::Long, a.q);
   if (a.lengths) check_lengths(op, *a.lengths, d.L);

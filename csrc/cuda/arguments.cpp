@@ -34,21 +34,7 @@ void check_launch(const char* op, int error) {
 void check_parameters(const char* op, const Tensor& q, const Tensor& inv_freq,
                       const OptionalTensor& conv_weight, const OptionalTensor& conv_bias, Dims& d) {
   check_float(op, q);
-  d.dtype = q.scalar_type();
-  d.acc = d.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  d.H = q.size(q.dim() - 2);
-  d.D = q.size(q.dim() - 1);
-  d.W = 1;
-  if (conv_weight) {
-    RECGRELA_CHECK(conv_weight->dim() == 2 && conv_weight->size(1) >= 1, op,
-                   ": conv_weight must have shape [H*D, W] with W >= 1, got ",
-                   shape_text(*conv_weight));
-    d.W = conv_weight->size(1);
-  }
-  RECGRELA_CHECK(!conv_bias || conv_weight, op, ": conv_bias must be None without conv_weight");
-  check_dense(op, "inv_freq", inv_freq, {d.H, d.D / 2}, ScalarType::Double, q);
-  check_dense(op, "conv_weight", conv_weight, {d.H * d.D, d.W}, d.acc, q);
-  check_dense(op, "conv_bias", conv_bias, {d.H * d.D}, d.acc, q);
+  read_parameters(op, q, inv_freq, conv_weight, conv_bias, d);
   // What the generic kernels hold of one item must fit into shared memory.
   const int64_t most = d.acc == ScalarType::Double ? 2048 : 4096;
   RECGRELA_CHECK(d.D <= most, op, ": q must have a last dimension of at most ", most,
