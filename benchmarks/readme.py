@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import quality_tables, speed_tables
+from benchmarks import quality_tables, speed_tables, stack_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMAND = "python -m benchmarks readme"
-SECTIONS = ("results", "speed on a CPU", "speed on a GPU")
+
+
+def _speed(device: str) -> Callable[[Path], str]:
+    return lambda folder: speed_tables.section(speed_tables.load_results(folder, device), device)
+
+
+# The text between a section's markers, from the folder of results.
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "stacks": lambda folder: stack_tables.section(stack_tables.load_results(folder)),
+    "results": lambda folder: quality_tables.section(quality_tables.load_results(folder)),
+    "speed on a CPU": _speed("cpu"),
+    "speed on a GPU": _speed("cuda"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +36,8 @@ def run(options: argparse.Namespace) -> int:
     """Rewrites or checks; returns the exit code."""
     old = options.readme.read_text(encoding="utf-8")
     new = old
-    for name in SECTIONS:
-        new = replace_section(new, name, text_of(name, options.results))
+    for name, text_of in SECTIONS.items():
+        new = replace_section(new, name, text_of(options.results))
     if new == old:
         return 0
     if options.check:
@@ -36,13 +49,6 @@ def run(options: argparse.Namespace) -> int:
 
 def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}: {COMMAND} -->", f"<!-- end of {name} -->"
-
-
-def text_of(name: str, folder: Path) -> str:
-    if name == "results":
-        return quality_tables.section(quality_tables.load_results(folder))
-    device = "cpu" if name.endswith("CPU") else "cuda"
-    return speed_tables.section(speed_tables.load_results(folder, device), device)
 
 
 def replace_section(readme: str, name: str, text: str) -> str:

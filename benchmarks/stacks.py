@@ -1,6 +1,7 @@
-"""RecGRELA beside a framework's own SASRec, both trained in that framework, on the same targets.
+r"""RecGRELA beside a framework's own SASRec, both trained in that framework, on the same targets.
 
-    build/integrations/recbole/bin/python benchmarks/stacks.py --stack recbole --data ml-100k.inter
+    PYTHONPATH=. build/integrations/recbole/bin/python -m benchmarks.stacks --stack recbole \
+        --data ml-100k.inter
 
 Each model is trained with every learning rate under the first seed; the rate with the best NDCG@10
 on validation is then trained under the other seeds, and its test figures are averaged. No early
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack_trainers import DEFAULTS, PACKAGES, TRAINERS, Settings
 
+from benchmarks.stack_trainers import DEFAULTS, PACKAGES, TRAINERS, Settings
 from recgrela_ext import evaluate
 from recgrela_ext.data import Interactions
 from recgrela_ext.evaluation.result import machine_info
@@ -148,10 +149,12 @@ def main() -> None:
                 flush=True,
             )
 
-        for model in MODELS:
-            for lr in options.lrs:
+        # In turn, so that both models meet the same other work on the machine.
+        for lr in options.lrs:
+            for model in MODELS:
                 do(model, lr, first)
-            for seed in others:
+        for seed in others:
+            for model in MODELS:
                 do(model, chosen_rate(result["runs"], model, first), seed)
         result["best"] = summary(result["runs"], first)
         write(path, result)

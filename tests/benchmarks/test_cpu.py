@@ -197,13 +197,13 @@ def test_records_and_tables(tmp_path: Path) -> None:
         "rows": {"a": {"records": [stored]}, "m": {"records": [memory.to_dict()]}},
     }  # fmt: skip
     (tmp_path / "cpu-abacus.json").write_text(json.dumps(content))
-    section = readme.text_of("speed on a CPU", tmp_path)
+    section = readme.SECTIONS["speed on a CPU"](tmp_path)
     assert "**2 cores of abacus**, avx2" in section
     assert "| forward: B 1 L 2 H 3 D 4 | 1 | 2 ms (2 ms to 2 ms) | 15× | not installed |" in section
     assert "| against a peer | ≥ 10 | 15 | met |" in section
     assert "| growth | ≤ 1.1 | 1.2 | **not met** |" in section
     assert "| peak: B 1 L 2 H 3 D 4 | 1 MiB | 4 MiB |" in section
-    assert readme.text_of("speed on a GPU", tmp_path) == speed_tables.section([], "cuda")
+    assert readme.SECTIONS["speed on a GPU"](tmp_path) == speed_tables.section([], "cuda")
 
 
 def test_durations() -> None:

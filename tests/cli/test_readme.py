@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import quality_tables, readme
+from benchmarks import quality_tables, readme, stack_tables
 from benchmarks.__main__ import main
 from recgrela_ext.cli.parser import build_parser
 from recgrela_ext.data.synthetic import make_synthetic
@@ -97,3 +97,26 @@ def test_tables(tmp_path: Path) -> None:
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold the lines"):
         main(arguments)
+
+
+def test_stack_table(tmp_path: Path) -> None:
+    assert stack_tables.load_results(tmp_path) == []
+    unfinished: dict[str, Any] = {"comparison": "recbole", "runs": []}
+    (tmp_path / "stacks-recbole.json").write_text(json.dumps(unfinished))
+    assert stack_tables.load_results(tmp_path) == []
+    test = {"seen_included/hit@10": 0.5, "seen_included/ndcg@10": 0.25,
+            "seen_excluded/hit@10": 0.75, "seen_excluded/ndcg@10": 0.125}  # fmt: skip
+    best = {"lr": 0.003, "seeds": [0, 1, 2], "test": test, "seconds_per_epoch": 12.34}
+    result: dict[str, Any] = {
+        "comparison": "replay", "data": "tiny", "target_sha256": "ab" * 32, "runs": [],
+        "settings": {"epochs": 20, "max_len": 9, "batch_size": 32, "width": 64, "layers": 2,
+                     "dropout": 0.2},
+        "versions": {"torch": "2.13", "replay-rec": "0.22"},
+        "machine": {"threads": 1, "processor": "abacus"}, "best": {"RecGRELA": best},
+    }  # fmt: skip
+    (tmp_path / "stacks-replay.json").write_text(json.dumps(result))
+    text = stack_tables.section(stack_tables.load_results(tmp_path))
+    assert "RePlay](benchmarks/results/stacks-replay.json), RecGRELA | 0.003 | 0.5000 |" in text
+    assert "| 0.2500 | 0.7500 | 0.1250 | 12.3 |" in text
+    assert "20 epochs, the last 9 items" in text
+    assert "mean of 3 seeds; 1 thread(s) of abacus, torch 2.13, replay-rec 0.22" in text

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.torchrun import ROOT, environment
+from tests.integrations.torchrun import environment
 from tests.integrations.walks import write_inter
 
 
 def run(stack: str, log: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
-    script = str(ROOT / "benchmarks" / "stacks.py")
-    command = [sys.executable, "-W", "ignore", script, "--stack", stack, "--data", str(log),
-               "--out", str(out), "--epochs", "1", "--lrs", "0.01", "--max-len", "8",
-               "--threads", "1", *more]  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stacks", "--stack", stack,
+               "--data", str(log), "--out", str(out), "--epochs", "1", "--lrs", "0.01",
+               "--max-len", "8", "--threads", "1", *more]  # fmt: skip
     return subprocess.run(
         command, env=environment(), cwd=out.parent, capture_output=True, text=True, timeout=600
     )
