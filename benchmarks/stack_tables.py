@@ -38,7 +38,8 @@ def _row(result: dict[str, Any], model: str, best: dict[str, Any]) -> str:
     columns = [f"{best['lr']:g}"]
     for view in ("seen_included", "seen_excluded"):
         columns += [f"{test[f'{view}/{metric}']:.4f}" for metric in ("hit@10", "ndcg@10")]
-    seconds = f"{best['seconds_per_epoch']:.1f}"
+    taken = result.get("seconds_per_epoch")
+    seconds = f"{taken[model]:.1f}" if taken else ""
     return f"| {' | '.join([label, *columns, seconds])} |"
 
 

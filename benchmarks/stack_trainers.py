@@ -1,8 +1,8 @@
 """Train one model inside a framework, ours or the framework's own SASRec; see stacks.py.
 
 Every function takes the training histories (item rows from 1) and returns a scorer for `evaluate`
-and the seconds of each epoch's training. Both models of a framework get the same batches, loss
-(softmax over all items), optimiser, width, depth, heads and dropout.
+and the seconds of each epoch's training, read from `now`. Both models of a framework get the same
+batches, loss (softmax over all items), optimiser, width, depth, heads and dropout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Scorer:
         return torch.cat([self.compute(*part).float() for part in parts])
 
 
-def clock(base: type) -> Any:
+Now = Callable[[], float]
+
+
+def clock(base: type, now: Now) -> Any:
     """A Lightning callback that notes the seconds of every epoch's training."""
 
     class Clock(base):
@@ -61,16 +64,21 @@ def clock(base: type) -> Any:
             self.seconds: list[float] = []
 
         def on_train_epoch_start(self, *_: Any) -> None:
-            self._start = time.perf_counter()
+            self._start = now()
 
         def on_train_epoch_end(self, *_: Any) -> None:
-            self.seconds.append(time.perf_counter() - self._start)
+            self.seconds.append(now() - self._start)
 
     return Clock()
 
 
 def recbole(
-    train: Sequences, ours: bool, settings: Settings, lr: float, seed: int
+    train: Sequences,
+    ours: bool,
+    settings: Settings,
+    lr: float,
+    seed: int,
+    now: Now = time.perf_counter,
 ) -> tuple[Scorer, list[float]]:
     """One row per prefix, right-padded; CE of the last position."""
     from recbole.config import Config
@@ -85,9 +93,9 @@ def recbole(
 
     class Timed(Trainer):
         def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             loss = super()._train_epoch(*args, **kwargs)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
             return loss
 
     kind = RecGRELA if ours else SASRec
@@ -135,7 +143,12 @@ def recbole(
 
 
 def rectools(
-    train: Sequences, ours: bool, settings: Settings, lr: float, seed: int
+    train: Sequences,
+    ours: bool,
+    settings: Settings,
+    lr: float,
+    seed: int,
+    now: Now = time.perf_counter,
 ) -> tuple[Scorer, list[float]]:
     """The last `max_len` steps of every user, left-padded; softmax at all positions."""
     import pandas as pd
@@ -157,7 +170,7 @@ def rectools(
             Columns.Datetime: pd.to_datetime(place, unit="s"),
         }
     )
-    timer = clock(Callback)
+    timer = clock(Callback, now)
 
     def trainer() -> Trainer:
         return Trainer(max_epochs=settings.epochs, accelerator="cpu", logger=False,
@@ -189,7 +202,12 @@ def rectools(
 
 
 def replay(
-    train: Sequences, ours: bool, settings: Settings, lr: float, seed: int
+    train: Sequences,
+    ours: bool,
+    settings: Settings,
+    lr: float,
+    seed: int,
+    now: Now = time.perf_counter,
 ) -> tuple[Scorer, list[float]]:
     """The last `max_len` steps of every user, left-padded; CE at all positions."""
     import lightning
@@ -222,7 +240,7 @@ def replay(
     else:
         model = SasRec.from_params(schema, settings.width, settings.heads, settings.layers,
                                    settings.max_len, settings.dropout)  # fmt: skip
-    timer = clock(lightning.Callback)
+    timer = clock(lightning.Callback, now)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "train.parquet"))
         histories = [train.history(u) for u in np.flatnonzero(train.lengths > 1)]

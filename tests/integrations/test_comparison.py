@@ -38,6 +38,11 @@ def test_runs_and_goes_on(stack: str, tmp_path: Path) -> None:
         assert 0 < one["test"]["seen_included/hit@10"] <= 1
     assert run(stack, log, out, "--seeds", "0").stdout.count("s/epoch") == 0
     assert json.loads(out.read_text(encoding="utf-8")) == first
+    timed = run(stack, log, out, "--seeds", "0", "--time")
+    assert timed.returncode == 0, timed.stderr[-4000:]
+    taken = json.loads(out.read_text(encoding="utf-8"))["seconds_per_epoch"]
+    assert taken["clock"] == "process_time"
+    assert min(taken["RecGRELA"], taken["SASRec"]) > 0
     other = run(stack, log, out, "--seeds", "0", "--width", "32")
     assert other.returncode == 1
     assert "choose another --out" in other.stderr
