@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import readme
+from benchmarks import quality, readme
 from benchmarks.records import Record
 
 HELP = """Speed and memory of recgrela_ext beside what else there is.
@@ -24,6 +24,7 @@ HELP = """Speed and memory of recgrela_ext beside what else there is.
     python -m benchmarks cuda                    the GPU's rows; writes results/<gpu>.json
     python -m benchmarks cuda --dry-run          all of them on the CPU: checks the benchmark alone
     python -m benchmarks memory                  peak memory of loading ten million events
+    python -m benchmarks quality                 a queue of training runs, ranked on one test
     python -m benchmarks readme                  README's tables, from the results files
 
 A row first checks its results, by the tests' own rule, and tells no time when one is wrong. Ours
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(required=True, metavar="cpu | cuda | memory | readme")
+    commands = whole.add_subparsers(required=True, metavar="cpu | cuda | memory | quality | readme")
     cpu = commands.add_parser("cpu", help="kernels, training step and serving on the processor")
     _row_options(cpu)
     cpu.add_argument(
@@ -67,6 +68,14 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("--events", type=int, default=10_000_000)
     memory.add_argument("--out", type=Path, default=readme.RESULTS / "data-memory.json")
     memory.set_defaults(run=_memory)
+    runs = commands.add_parser(
+        "quality",
+        help="train and rank what a queue lacks",
+        description=quality.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    quality.add_options(runs)
+    runs.set_defaults(run=quality.run)
     tables = commands.add_parser("readme", help="write README's tables from benchmarks/results")
     readme.add_options(tables)
     tables.set_defaults(run=readme.run)
