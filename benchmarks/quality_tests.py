@@ -25,7 +25,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """"ahead", "behind" or "tie"."""
+        """One of: ahead, behind, tie."""
         if abs(self.value) < TIE or self.low <= 0 <= self.high:
             return "tie"
         return "ahead" if self.value > 0 else "behind"
