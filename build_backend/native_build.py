@@ -90,7 +90,8 @@ def compile_with_ninja(torch: Torch, version: str, module_file: str) -> dict[str
     ]
 
     stable = [*STABLE_ABI, "-isystem", str(torch.include)]
-    cpp = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
+    shared = [Path("csrc/library.cpp"), Path("csrc/arguments.cpp")]
+    cpp = [*shared, *sorted(Path("csrc/cpu").rglob("*.cpp"))]
     objects = [edge(lines, "cxx", path, [*CXX_FLAGS, *stable]) for path in cpp if path.is_file()]
     if toolkit:
         # The wrappers know torch and no CUDA header, the kernels CUDA and no torch.

@@ -5,8 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../ops.h"
-#include "tensor_params.h"
+#include "../arguments.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace recgrela {
 namespace {

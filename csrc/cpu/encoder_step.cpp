@@ -2,9 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../ops.h"
+#include "../arguments.h"
+#include "kernels.h"
 #include "parallel.h"
-#include "tensor_params.h"
 
 namespace recgrela {
 namespace {

@@ -1,70 +1,24 @@
 // The CPU kernels' interface: plain pointers and sizes, no torch. A kernel is compiled once per
 // instruction-set level (level_*.cpp); levels.cpp picks the table of the machine at run time.
-//
-// Layouts (strides in elements, the last dimension contiguous):
-//   rows       q, k, v, gate, out and their gradients: [B, L, H, D], or [T, H, D] when packed
-//   inv_freq   [H, D/2] float64         conv_weight [H*D, W], conv_bias [H*D]
-//   states     kv [H, D, D] (key dim first), k_sum [H, D], conv [W-1, H*D]: contiguous inside one
-//              user, any stride between users
-//   saved_*    the states at the start of every chunk of kChunk items
-// conv_weight, conv_bias, states and saved states are double for double rows and float otherwise.
 #pragma once
-#include <cstdint>
+#include "../params.h"
 
 namespace recgrela {
 
-constexpr int kChunk = 64;
 constexpr int64_t kSegment = 64 * kChunk;  // items; a longer history is summed segment by segment
 
-enum class DType { kFloat, kDouble, kBFloat16, kHalf };
-
-struct Rows {
-  void* data = nullptr;
-  int64_t batch_stride = 0, item_stride = 0, head_stride = 0;
-};
-
-struct States {
-  void *kv = nullptr, *k_sum = nullptr, *conv = nullptr;
-  int64_t kv_stride = 0, k_sum_stride = 0, conv_stride = 0;
-  const int64_t* position = nullptr;  // [B], nullptr: every sequence starts at 0
-};
-
-struct GatedRelaParams {
-  DType dtype;
-  int64_t B, L, H, D, W;
-  double eps;
-  Rows q, k, v, gate, out;       // gate.data nullptr: no gate
-  const double* inv_freq;        // [H, D/2]
-  const double* step_rotation;   // [H, kChunk + 1, 2, D/2], see fill_step_rotation
-  const void* conv_weight;       // nullptr: no rank augmentation, W is 1
-  const void* conv_bias;         // nullptr: zero
-  const int64_t* lengths;        // [B] or nullptr
-  const int64_t* cu_seqlens;     // [B+1] or nullptr
-  States initial, final;         // kv nullptr: none
-  void *saved_kv, *saved_k_sum;  // nullptr in inference
+struct GatedRelaParams : SequenceParams {
+  const double* step_rotation;  // [H, kChunk + 1, 2, D/2], see fill_step_rotation
   // Where segments are work items of their own: their number, and per (sequence, head, segment) the
   // sums [D + 1, D] (kv, k_sum) of the items before it, from join_segments.
   int64_t segments;
   void* segment_sums;
 };
 
-struct GatedRelaBackwardParams {
-  GatedRelaParams forward;  // out is not read
-  Rows grad_out, dq, dk, dv, dgate;
-  States grad_final, grad_initial;
+struct GatedRelaBackwardParams : GradientParams {
+  GatedRelaParams forward;                // out is not read
   void *dweight_partial, *dbias_partial;  // [groups, H*D, W], [groups, H*D]
   int64_t groups;                         // of consecutive sequences, a function of B alone
-};
-
-struct GatedRelaStepParams {
-  DType dtype;
-  int64_t B, H, D, W;
-  double eps;
-  Rows q, k, v, gate, out;  // item_stride unused
-  const double* inv_freq;
-  const void *conv_weight, *conv_bias;
-  States state;
-  const bool* active;  // [B] or nullptr: all
 };
 
 // All layers of one event per user. The weights are one buffer, matrices transposed to [in, out];
@@ -161,8 +115,7 @@ void fill_step_rotation(double* table, const double* inv_freq, int64_t H, int64_
 // From the sums of each segment to those of all segments before it, the initial state included.
 void join_segments(const GatedRelaParams& p);
 
-// Where the saved chunk states of sequence b begin, and how many chunks a call may need in all.
+// Where the saved chunk states of sequence b begin.
 int64_t first_chunk(const GatedRelaParams& p, int64_t b);
-int64_t count_chunks(int64_t B, int64_t L, int64_t packed_items, bool packed);
 
 }  // namespace recgrela

@@ -135,10 +135,6 @@ int64_t first_chunk(const GatedRelaParams& p, int64_t b) {
   return b * ((p.L + kChunk - 1) / kChunk);
 }
 
-int64_t count_chunks(int64_t B, int64_t L, int64_t packed_items, bool packed) {
-  return packed ? packed_items / kChunk + B : B * ((L + kChunk - 1) / kChunk);
-}
-
 }  // namespace recgrela
 
 // For Python's build_info(): the level in use and those this machine can run.

@@ -10,6 +10,9 @@
 
 namespace recgrela {
 
+// Work items a thread should get at least, so that starting it pays.
+inline int64_t grain_size(int64_t items, int64_t D) { return 1 + 16384 / (items * D + 1); }
+
 // Calls body(begin, end) on ranges of [0, count) of `grain` work items at least. Throws
 // std::runtime_error, naming `op`, where a thread finds no memory for its scratch.
 template <class Body>

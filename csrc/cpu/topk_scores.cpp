@@ -6,8 +6,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "../ops.h"
-#include "tensor_params.h"
+#include "../arguments.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace recgrela {
 namespace {

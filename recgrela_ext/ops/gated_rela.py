@@ -18,7 +18,7 @@ from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .reference import State, accumulate_dtype
 
-CHUNK = 64  # items between saved states: kChunk of csrc/cpu/kernels.h
+CHUNK = 64  # items between saved states: kChunk of csrc/params.h
 
 
 def gated_rela(
