@@ -36,7 +36,7 @@ struct WideBackward {
   static constexpr int T = 2, rows = T * D;
   static constexpr int64_t bytes =
       int64_t(sizeof(float)) *
-      ((6 + Tile::warps) * rows + (2 * kChunk + 10) * D + 2 * kChunk * Tile::warps);
+      ((6 + Tile::warps) * rows + (2 * kChunk + 11) * D + 2 * kChunk * Tile::warps);
 
   const WideBackwardArgs& args;
   const GatedRelaBackwardParams& p;
@@ -47,13 +47,15 @@ struct WideBackward {
   const bool odd;      // channel
   // Shared memory. Of T items: keys, queries, values; parts [T, warps, D] of S d; and what a lane
   // keeps for itself: cosines, sines, z. Of a chunk: dnums (dO until dnum is known), dpres, and
-  // den and dden [kChunk, warps] in parts. The convolution's taps and their gradients.
-  float *keys, *queries, *values, *cosines, *sines, *zs, *parts, *dnums, *dpres, *taps, *dtaps,
-      *dens, *ddens;
+  // den and dden [kChunk, warps] in parts. The gradients of the convolution's taps and bias.
+  float *keys, *queries, *values, *cosines, *sines, *zs, *parts, *dnums, *dpres, *dtaps, *dens,
+      *ddens;
   WideSum<Tile> sum;
   Rotation<2> rotation;
-  float y = 0.0f, y_base = 0.0f;  // of this chunk; of what comes behind
-  float later[3] = {};            // dpre of the three items behind
+  WideConvolution<S, D> conv;
+  float y = 0.0f;       // of this chunk
+  float& y_base;        // of what comes behind: in shared memory, a register less
+  float later[3] = {};  // dpre of the three items behind
 
   RECGRELA_DEVICE WideBackward(const WideBackwardArgs& a, float* memory, int thread, int64_t task)
       : args(a),
@@ -63,8 +65,9 @@ struct WideBackward {
         u(unit_of(f, task / a.segments, task % a.segments, a.segments)),
         slot(task),
         odd(tile.channel % 2),
-        rotation(f.inv_freq + u.h * (D / 2) + tile.channel / 2) {
-    keys = memory;
+        rotation(f.inv_freq + u.h * (D / 2) + tile.channel / 2),
+        y_base(memory[tile.channel]) {
+    keys = memory + D;
     queries = keys + rows;
     values = queries + rows;
     cosines = values + rows;
@@ -73,10 +76,10 @@ struct WideBackward {
     parts = zs + rows;
     dnums = parts + Tile::warps * rows;
     dpres = dnums + kChunk * D;
-    taps = dpres + kChunk * D;
-    dtaps = taps + 5 * D;
+    dtaps = dpres + kChunk * D;
     dens = dtaps + 5 * D;
     ddens = dens + kChunk * Tile::warps;
+    conv.taps = ddens + kChunk * Tile::warps + tile.channel;
   }
 
   RECGRELA_DEVICE float& own(float* from, int j) const { return from[j * D + tile.channel]; }
@@ -91,7 +94,12 @@ struct WideBackward {
   // T and y start with the gradient of the final state and the sums of the segments behind.
   RECGRELA_DEVICE void start() {
     sum.clear();
-    if (f.conv_weight) load_taps();
+    y_base = 0.0f;
+    if (f.conv_weight) {
+      conv.load(f, u, tile.channel);
+#pragma unroll
+      for (int j = 0; j < 5; ++j) own(dtaps, j) = 0.0f;
+    }
     if (!kSums && p.grad_final.kv) {
       sum.add_state(tile, static_cast<const float*>(p.grad_final.kv) +
                               u.b * p.grad_final.kv_stride + u.h * D * D);
@@ -109,28 +117,14 @@ struct WideBackward {
       for (int r = 0; r < 3; ++r) later[r] = dpre_of<S>(p, u, tile.channel, u.end + r);
     }
   }
-  RECGRELA_DEVICE void load_taps() const {
-    const float* bias = static_cast<const float*>(f.conv_bias);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t tap = f.W - 4 + j;
-      own(taps, j) = tap >= 0 ? conv_taps(f, u, tile.channel)[tap] : 0.0f;
-    }
-    own(taps, 4) = bias ? bias[u.h * D + tile.channel] : 0.0f;
-#pragma unroll
-    for (int j = 0; j < 5; ++j) own(dtaps, j) = 0.0f;
-  }
 
   // The chunk of `count` items from t1 on, forward in time: num and S dO.
   RECGRELA_DEVICE void scan_outputs(int64_t t1, int count) {
     const int64_t at = (first_chunk(f, u.span, u.b) + t1 / kChunk) * f.H + u.h;
     sum.load_saved(tile, static_cast<const float*>(f.saved_kv) + at * D * D);
     float z = static_cast<const float*>(f.saved_k_sum)[at * D + tile.channel];
-    float window[3], dweight[5] = {};
-#pragma unroll
-    for (int r = 0; r < 3; ++r) {
-      if (f.conv_weight) value_at<S, 1>(f, u, t1 - 3 + r, tile.channel, &window[r]);
-    }
+    float dweight[5] = {};
+    if (f.conv_weight) conv.start(f, u, tile.channel, t1);
     WideAhead<S, T> next_q, next_k, next_v, next_gate, next_dy;
     const auto read_ahead = [&](int i) {
       next_q.load(f.q, u, tile.channel, t1 + i, count - i);
@@ -164,15 +158,15 @@ struct WideBackward {
         own(dnums, i0 + j) = dy * gate;
         own(dpres, i0 + j) = dy * slope;  // what the gate's gradient needs, until dpre is known
       }
-      if (i0 + T < count) read_ahead(i0 + T);
       __syncthreads();
+      if (i0 + T < count) read_ahead(i0 + T);
 #pragma unroll 1
       for (int j = 0; j < T && i0 + j < count; ++j) {
         float columns[Tile::C], sums[Tile::R];
         sum.template scan_item<true, !kSums>(tile, keys + j * D, values + j * D, queries + j * D,
                                              dnums + (i0 + j) * D, columns, sums);
         if (!kSums) sum_rows(tile, sums, parts + (j * Tile::warps + tile.warp) * D);
-        differentiate(t1, i0 + j, own(values, j), sum_columns(tile, columns), window, dweight);
+        differentiate(t1, i0 + j, own(values, j), sum_columns(tile, columns), dweight);
       }
       __syncthreads();
 #pragma unroll 1
@@ -188,7 +182,7 @@ struct WideBackward {
     return 1.0f / (sum_of_warps<Tile>(dens + i * Tile::warps, 1) + eps * (first + float(i)));
   }
   // Of item t1 + i: dgate, dden and dpre, and what it adds to the convolution's gradients.
-  RECGRELA_DEVICE void differentiate(int64_t t1, int i, float value, float num, float (&window)[3],
+  RECGRELA_DEVICE void differentiate(int64_t t1, int i, float value, float num,
                                      float (&dweight)[5]) {
     const float scale = scale_of(t1, i), o = num * scale, d_o = own(dnums, i);
     const float dot = sum_over_warp(d_o * o);
@@ -197,19 +191,15 @@ struct WideBackward {
     float a = 0.0f;
     const float dgate = own(dpres, i);
     if (f.conv_weight) {
-      float slope, pre = own(taps, 4) + own(taps, 3) * value;
-#pragma unroll
-      for (int r = 0; r < 3; ++r) pre += own(taps, r) * window[r];
-      silu_with_slope<S>(pre, &a, &slope);
+      float slope;
+      silu_with_slope<S>(conv.at(value), &a, &slope);
       const float dpre = d_o * slope;
       own(dpres, i) = dpre;
 #pragma unroll
-      for (int r = 0; r < 3; ++r) dweight[r] += dpre * window[r];
+      for (int r = 0; r < 3; ++r) dweight[r] += dpre * conv.window[r];
       dweight[3] += dpre * value;
       dweight[4] += dpre;
-      window[0] = window[1];
-      window[1] = window[2];
-      window[2] = value;
+      conv.advance(value);
     }
     if (f.gate.data) narrow(dgate * (o + a), row(p.dgate, t1 + i));
   }
@@ -276,9 +266,9 @@ struct WideBackward {
   }
   RECGRELA_DEVICE void finish_value(int64_t t, float dpre, float dv) {
     if (f.conv_weight) {
-      dv += own(taps, 3) * dpre;
+      dv += conv.taps[3 * D] * dpre;
 #pragma unroll
-      for (int r = 0; r < 3; ++r) dv += own(taps, 2 - r) * later[r];
+      for (int r = 0; r < 3; ++r) dv += conv.taps[(2 - r) * D] * later[r];
       later[2] = later[1];
       later[1] = later[0];
       later[0] = dpre;

@@ -32,7 +32,8 @@ struct WideForward {
     static constexpr int T = 2;
   static constexpr int rows = T * D;
   static constexpr int exchange = 4 * rows + T * Tile::warps;
-  static constexpr int64_t bytes = 2 * exchange * int64_t(sizeof(float));
+  static constexpr int64_t bytes =
+      int64_t(sizeof(float)) * (2 * exchange + WideConvolution<S, D>::floats + D);
 
   const WideForwardArgs& args;
   const GatedRelaParams& p;
@@ -43,9 +44,10 @@ struct WideForward {
   float* const memory;
   int buffer = 0;
   WideSum<Tile> sum;
-  float z = 0.0f, z_base = 0.0f;  // of this chunk where sums are apart; of what comes before
+  float z = 0.0f;  // of this chunk where sums are apart
+  float& z_base;   // of what comes before: in shared memory, a register less
   Rotation<2> rotation;
-  Convolution<S, 1> conv;
+  WideConvolution<S, D> conv;
 
   RECGRELA_DEVICE WideForward(const WideForwardArgs& a, float* shared, int thread, int64_t task)
       : args(a),
@@ -55,7 +57,10 @@ struct WideForward {
         slot(task),
         odd(tile.channel % 2),
         memory(shared),
-        rotation(p.inv_freq + u.h * (D / 2) + tile.channel / 2) {}
+        z_base(shared[2 * exchange + WideConvolution<S, D>::floats + tile.channel]),
+        rotation(p.inv_freq + u.h * (D / 2) + tile.channel / 2) {
+    conv.taps = memory + 2 * exchange + tile.channel;
+  }
 
   RECGRELA_DEVICE float* keys() const { return memory + buffer * exchange; }
   RECGRELA_DEVICE float* total() const {
@@ -64,6 +69,7 @@ struct WideForward {
   // S and z before the segment: the initial state and the segments before this one.
   RECGRELA_DEVICE void start() {
     sum.clear();
+    z_base = 0.0f;
     if (kSums) return sum.store(tile, total());
     if (p.conv_weight) {
       conv.load(p, u, tile.channel);
@@ -123,11 +129,12 @@ struct WideForward {
         sum.template scan_item<true, false>(tile, key + j * D, value + j * D, query + j * D,
                                             nullptr, columns, unused);
         const float den = sum_of_warps<Tile>(dens + j * Tile::warps, 1);
-        float y = sum_columns(tile, columns) / (den + eps * (first + float(i0 + j)));
+        const float scale = 1.0f / (den + eps * (first + float(i0 + j)));
+        float y = sum_columns(tile, columns) * scale;
         if (p.conv_weight) {
-          float pre;
-          conv.next(value + j * D + tile.channel, &pre);
-          y += silu<S>(pre);
+          const float v = value[j * D + tile.channel];
+          y += silu<S>(conv.at(v));
+          conv.advance(v);
         }
         if (p.gate.data) y *= gate[j * D + tile.channel];
         narrow(y, row_at<S>(p.out, u.span, t1 + i0 + j, u.h) + tile.channel);

@@ -57,7 +57,7 @@ struct WideSum {
     for (int i = 0; i < Tile::R; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) f(at[i] + 4 * half, i, half);
-      if (i % 4 == 3) __syncwarp();
+      if (i % 2 == 1) __syncwarp();
     }
   }
   RECGRELA_DEVICE void load(const Tile& tile, const float* own) {
@@ -205,6 +205,43 @@ RECGRELA_DEVICE float turn_pair(float x, float c, float s, bool odd) {
 RECGRELA_DEVICE float turn_pair_back(float x, float c, float s, bool odd) {
   return turn_pair(x, c, -s, odd);
 }
+
+// The causal convolution of this lane's channel, of at most four taps. Taps and bias lie in shared
+// memory, five rows that no other lane reads, to leave the registers to S.
+template <class S, int D>
+struct WideConvolution {
+  static constexpr int floats = 5 * D;
+  float* taps;  // those of this lane, D floats apart; the bias last
+  float window[3];
+
+  RECGRELA_DEVICE void load(const GatedRelaParams& p, const Unit& u, int channel) const {
+    const float* weight = static_cast<const float*>(p.conv_weight) + (u.h * D + channel) * p.W;
+    const float* bias = static_cast<const float*>(p.conv_bias);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t tap = p.W - 4 + j;
+      taps[j * D] = tap >= 0 ? weight[tap] : 0.0f;
+    }
+    taps[4 * D] = bias ? bias[u.h * D + channel] : 0.0f;
+  }
+  RECGRELA_DEVICE void start(const GatedRelaParams& p, const Unit& u, int channel, int64_t t) {
+#pragma unroll
+    for (int r = 0; r < 3; ++r) {
+      window[r] = 0.0f;
+      if (t - 3 + r < u.span.length) value_at<S, 1>(p, u, t - 3 + r, channel, &window[r]);
+    }
+  }
+  // The pre-activation at the item whose value is v, before the window moves on.
+  RECGRELA_DEVICE float at(float v) const {
+    return taps[4 * D] + taps[0] * window[0] + taps[D] * window[1] + taps[2 * D] * window[2] +
+           taps[3 * D] * v;
+  }
+  RECGRELA_DEVICE void advance(float v) {
+    window[0] = window[1];
+    window[1] = window[2];
+    window[2] = v;
+  }
+};
 
 // One channel of T rows, read ahead of their use, of which `left` are there.
 template <class S, int T>
