@@ -13,6 +13,7 @@
 // and the keys and values in between, T stays in shared memory. Rows are read and written once,
 // keys and values of a chunk's first tiles again, from the cache.
 #pragma once
+#include "conv_gradient.cuh"
 #include "gated_rela.h"
 #include "warp_tile.cuh"
 
@@ -128,7 +129,8 @@ struct Backward {
 #pragma unroll 1
       for (int r = 2; r >= 0; --r) {
         float behind[E];
-        dpre_at(u.end + r, behind);
+#pragma unroll
+        for (int e = 0; e < E; ++e) behind[e] = dpre_of<S>(p, u, tile.channel + e, u.end + r);
         push_later(behind);
       }
     }
@@ -161,29 +163,6 @@ struct Backward {
       y[e] = 0.0f;
     }
     base_used = true;
-  }
-
-  // dpre of any item, from the rows; 0 behind the sequence's end.
-  RECGRELA_DEVICE void dpre_at(int64_t t, float* to) const {
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      to[e] = 0.0f;
-      if (t >= u.span.length) continue;
-      const float* bias = static_cast<const float*>(f.conv_bias);
-      float pre = bias ? bias[u.h * D + tile.channel + e] : 0.0f;
-      for (int64_t tap = 0; tap < f.W; ++tap) {
-        float value;
-        value_at<S, 1>(f, u, t - (f.W - 1) + tap, tile.channel + e, &value);
-        pre += weight(e)[tap] * value;
-      }
-      float d_o = widen(row(p.grad_out, t)[e]), a, slope;
-      if (f.gate.data) d_o *= silu<S>(widen(row(f.gate, t)[e]));
-      silu_with_slope<S>(pre, &a, &slope);
-      to[e] = d_o * slope;
-    }
-  }
-  RECGRELA_DEVICE const float* weight(int e) const {
-    return static_cast<const float*>(f.conv_weight) + (u.h * D + tile.channel + e) * f.W;
   }
 
   // S and z at item t1, chunk the items' first: the saved state and the items in between.
@@ -461,7 +440,8 @@ struct Backward {
       const int64_t t = t1 + j;
       if (t >= u.end) continue;
       if (f.conv_weight) add_conv(j, dv);
-      if (p.grad_final.conv) add_grad_final_conv(t, dv);
+#pragma unroll
+      for (int e = 0; e < E; ++e) dv[e] += grad_final_conv_of(p, u, tile.channel + e, t);
       store_pack<S, E>(dv, row(p.dv, t), args.aligned);
     }
 #pragma unroll
@@ -490,18 +470,6 @@ struct Backward {
       later[0][e] = dpre[e];
     }
   }
-  // The final conv state holds the last W - 1 values: its gradient goes back to them.
-  RECGRELA_DEVICE const float* grad_final_conv(int64_t r) const {
-    return static_cast<const float*>(p.grad_final.conv) + u.b * p.grad_final.conv_stride +
-           r * f.H * D + u.h * D + tile.channel;
-  }
-  RECGRELA_DEVICE void add_grad_final_conv(int64_t t, float* dv) const {
-    const int64_t r = t - (u.span.length - (f.W - 1));
-    if (r < 0) return;
-#pragma unroll
-    for (int e = 0; e < E; ++e) dv[e] += grad_final_conv(r)[e];
-  }
-
   RECGRELA_DEVICE void sweep() {
     const int64_t items = max_over_warp(u.end - u.begin);
     const int64_t tiles = (items + kTile - 1) / kTile;
@@ -553,14 +521,8 @@ struct Backward {
   RECGRELA_DEVICE void store_dweight(bool sound) const {
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      for (int64_t tap = 0; tap < f.W; ++tap) {
-        const int j = int(tap - (f.W - 4));
-        float x = dweight[3][e];
-#pragma unroll
-        for (int r = 0; r < 3; ++r) x = j == r ? dweight[r][e] : x;
-        dparams_at(e)[tap] = sound ? x : NAN;
-      }
-      dparams_at(e)[f.W] = sound ? dbias[e] : NAN;
+      const float taps[4] = {dweight[0][e], dweight[1][e], dweight[2][e], dweight[3][e]};
+      store_conv_part(f, taps, dbias[e], sound, dparams_at(e));
     }
   }
   RECGRELA_DEVICE void store_grad_initial(bool sound) const {
@@ -578,23 +540,8 @@ struct Backward {
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) k_sum[e] = sound ? y[e] + y_base[e] : NAN;
-    for (int64_t r = 0; r < f.W - 1; ++r) {
-      float* to = static_cast<float*>(p.grad_initial.conv) + u.b * p.grad_initial.conv_stride +
-                  r * f.H * D + u.h * D + tile.channel;
-      float sum[E] = {};
-      for (int64_t tap = 0; tap <= r && f.conv_weight && sound; ++tap) {
-        float dpre[E];
-        dpre_at(r - tap, dpre);
-#pragma unroll
-        for (int e = 0; e < E; ++e) sum[e] += weight(e)[tap] * dpre[e];
-      }
-      const bool kept = p.grad_final.conv && r >= u.span.length;
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        if (kept) sum[e] += grad_final_conv(r - u.span.length)[e];
-        to[e] = sound ? sum[e] : NAN;
-      }
-    }
+#pragma unroll 1
+    for (int e = 0; e < E; ++e) store_grad_initial_conv<S>(p, u, tile.channel + e);
   }
 };
 

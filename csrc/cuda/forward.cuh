@@ -121,17 +121,6 @@ RECGRELA_DEVICE void start_sum(const ForwardArgs& args, const Tile& tile, const 
   }
 }
 
-// The last W - 1 values of the history, for the final state.
-template <class S, int E>
-RECGRELA_DEVICE void store_last_values(const GatedRelaParams& p, const Unit& u, int channel) {
-  for (int64_t r = 0; r < p.W - 1; ++r) {
-    float* to = static_cast<float*>(p.final.conv) + u.b * p.final.conv_stride + r * p.H * p.D +
-                u.h * p.D + channel;
-    value_at<S, E>(p, u, u.span.length - (p.W - 1) + r, channel, to);
-    for (int e = 0; e < E && !u.span.sound; ++e) to[e] = NAN;
-  }
-}
-
 template <class S, class Tile>
 RECGRELA_DEVICE void finish_forward(const ForwardArgs& args, const Tile& tile, const Unit& u,
                                     const RunningSum<Tile>& sum) {

@@ -5,7 +5,8 @@ namespace recgrela::cuda {
 
 // The fast kernels hold four taps of the convolution in registers.
 bool has_fast_kernels(const GatedRelaParams& p) {
-  return p.dtype != DType::kDouble && p.W <= 4 && (p.D == 8 || p.D == 16 || p.D == 32 || p.D == 64);
+  const bool has_dim = p.D == 8 || p.D == 16 || p.D == 32 || p.D == 64 || p.D == 128;
+  return p.dtype != DType::kDouble && p.W <= 4 && has_dim;
 }
 
 int64_t forward_scratch_bytes(const GatedRelaParams& p) {
@@ -13,7 +14,8 @@ int64_t forward_scratch_bytes(const GatedRelaParams& p) {
   if (p.D == 8) return forward_scratch<8>(p);
   if (p.D == 16) return forward_scratch<16>(p);
   if (p.D == 32) return forward_scratch<32>(p);
-  return forward_scratch<64>(p);
+  if (p.D == 64) return forward_scratch<64>(p);
+  return forward_scratch<128>(p);
 }
 
 int launch_gated_rela(const GatedRelaParams& p, Stream stream) {
@@ -21,7 +23,8 @@ int launch_gated_rela(const GatedRelaParams& p, Stream stream) {
   if (p.D == 8) return run_forward<8>(p, stream);
   if (p.D == 16) return run_forward<16>(p, stream);
   if (p.D == 32) return run_forward<32>(p, stream);
-  return run_forward<64>(p, stream);
+  if (p.D == 64) return run_forward<64>(p, stream);
+  return run_forward<128>(p, stream);
 }
 
 int64_t backward_scratch_bytes(const GatedRelaParams& p) {
@@ -29,7 +32,8 @@ int64_t backward_scratch_bytes(const GatedRelaParams& p) {
   if (p.D == 8) return backward_scratch<8>(p);
   if (p.D == 16) return backward_scratch<16>(p);
   if (p.D == 32) return backward_scratch<32>(p);
-  return backward_scratch<64>(p);
+  if (p.D == 64) return backward_scratch<64>(p);
+  return backward_scratch<128>(p);
 }
 
 int launch_gated_rela_backward(const GatedRelaBackwardParams& p, Stream stream) {
@@ -37,7 +41,8 @@ int launch_gated_rela_backward(const GatedRelaBackwardParams& p, Stream stream) 
   if (p.forward.D == 8) return run_backward<8>(p, stream);
   if (p.forward.D == 16) return run_backward<16>(p, stream);
   if (p.forward.D == 32) return run_backward<32>(p, stream);
-  return run_backward<64>(p, stream);
+  if (p.forward.D == 64) return run_backward<64>(p, stream);
+  return run_backward<128>(p, stream);
 }
 
 }  // namespace recgrela::cuda

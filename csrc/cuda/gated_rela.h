@@ -10,6 +10,10 @@ template <int D>
 int run_forward(const GatedRelaParams& p, Stream stream);
 template <int D>
 int64_t forward_scratch(const GatedRelaParams& p);
+template <>
+int run_forward<128>(const GatedRelaParams& p, Stream stream);
+template <>
+int64_t forward_scratch<128>(const GatedRelaParams& p);
 int run_generic_forward(const GatedRelaParams& p, Stream stream);
 int64_t generic_forward_scratch(const GatedRelaParams& p);
 
@@ -17,6 +21,14 @@ template <int D>
 int run_backward(const GatedRelaBackwardParams& p, Stream stream);
 template <int D>
 int64_t backward_scratch(const GatedRelaParams& p);
+template <>
+int run_backward<64>(const GatedRelaBackwardParams& p, Stream stream);
+template <>
+int64_t backward_scratch<64>(const GatedRelaParams& p);
+template <>
+int run_backward<128>(const GatedRelaBackwardParams& p, Stream stream);
+template <>
+int64_t backward_scratch<128>(const GatedRelaParams& p);
 int run_generic_backward(const GatedRelaBackwardParams& p, Stream stream);
 int64_t generic_backward_scratch(const GatedRelaParams& p);
 

@@ -55,6 +55,17 @@ RECGRELA_DEVICE void value_at(const GatedRelaParams& p, const Unit& u, int64_t t
   for (int e = 0; e < E; ++e) to[e] = from[e];
 }
 
+// The last W - 1 values of the history, for the final state.
+template <class S, int E>
+RECGRELA_DEVICE void store_last_values(const GatedRelaParams& p, const Unit& u, int channel) {
+  for (int64_t r = 0; r < p.W - 1; ++r) {
+    float* to = static_cast<float*>(p.final.conv) + u.b * p.final.conv_stride + r * p.H * p.D +
+                u.h * p.D + channel;
+    value_at<S, E>(p, u, u.span.length - (p.W - 1) + r, channel, to);
+    for (int e = 0; e < E && !u.span.sound; ++e) to[e] = NAN;
+  }
+}
+
 // Rows [from, to) of this lane's channels, all set to `value`.
 template <class S, int E>
 RECGRELA_DEVICE void fill_rows(const Rows& rows, const Unit& u, int64_t channel, int64_t from,

@@ -301,9 +301,9 @@ RECGRELA_DEVICE void map_row(const Raw<S, E>& raw, bool there, float* phi) {
 }
 
 // How many segments a sequence is cut into: a rule of the shape alone.
-inline int64_t segments_of(const GatedRelaParams& p, int64_t units) {
+inline int64_t segments_of(const GatedRelaParams& p, int64_t units, int64_t unit_warps = 1) {
   constexpr int64_t kWantedWarps = 768, kLeastItems = 256, kMost = 64;
-  const int64_t warps = (p.B * p.H + units - 1) / units;
+  const int64_t warps = (p.B * p.H + units - 1) / units * unit_warps;
   const int64_t longest = p.cu_seqlens ? p.items : p.L;
   const int64_t wanted = warps > 0 ? kWantedWarps / warps : 1;
   const int64_t possible = longest / kLeastItems;

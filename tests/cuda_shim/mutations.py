@@ -33,7 +33,12 @@ def no_barrier(file: str, behind: str, barrier: str = "__syncwarp();") -> Mutant
 
 
 FORWARD, BACKWARD, TILE, UNIT = "forward.cuh", "backward.cuh", "warp_tile.cuh", "common.cuh"
+WIDE_FORWARD, WIDE_BACKWARD, WIDE_TILE = "forward_wide.cuh", "backward_wide.cuh", "wide_tile.cuh"
+CONV = "conv_gradient.cuh"
 GENERIC, STEP, SUMS = "generic.cuh", "gated_rela_step.cu", "sum_parts.cu"
+BLOCK = "__syncthreads();"
+ROLLED = "#pragma unroll 1 for (int j = 0; j < T && i0 + j < count; ++j)"
+ROLLED_BACK = "#pragma unroll 1 for (int j = 0; j < T && j <= i0; ++j)"
 SCAN = "#pragma unroll for (int j = 0; j < T; ++j) {"
 
 MUTANTS: dict[str, Mutant] = {
@@ -89,6 +94,78 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "backward: the normaliser's share of dq dropped": (BACKWARD, "+ ddens[j] * z[e])", ")"),
     "backward: a later segment's sum dropped": (BACKWARD, "s = segment + 1;", "s = segment + 2;"),
+    "wide tile: half of the columns' sum dropped": (
+        WIDE_TILE, "keep + __shfl_xor_sync(0xffffffffu, give, lanes);", "keep;",
+    ),
+    "wide tile: one warp's part of the sums dropped": (
+        WIDE_TILE, "int w = 1; w < Tile::warps", "int w = 1; w + 1 < Tile::warps",
+    ),
+    "wide tile: pairs turned the other way": (WIDE_TILE, "(odd ? s : -s)", "(odd ? -s : s)"),
+    "wide tile: columns of another lane": (
+        WIDE_TILE, "column(warp * 32 + lane % 4 * C)", "column(warp * 32 + lane % 4 * C ^ 8)",
+    ),
+    "wide tile: convolution window shifted": (
+        WIDE_TILE, "window[0] = window[1];", "window[0] = window[2];",
+    ),
+    "wide forward: no barrier before the scan": no_barrier(
+        WIDE_FORWARD, ROLLED + " { float columns", BLOCK
+    ),
+    "wide forward: no barrier before a chunk's sum": no_barrier(
+        WIDE_FORWARD, ROLLED + " sum.add_item", BLOCK
+    ),
+    "wide forward: one exchange buffer instead of two": (
+        WIDE_FORWARD, "buffer ^= 1", "buffer ^= 0",
+    ),
+    "wide forward: the sums before a chunk dropped": (
+        WIDE_FORWARD, "sum.join(tile, total());", "sum.store(tile, total());",
+    ),
+    "wide forward: a chunk's part of the normaliser dropped": (
+        WIDE_FORWARD, "z_base += z; z = 0.0f;", "z = 0.0f;",
+    ),
+    "wide forward: one segment's partial sum dropped": (
+        WIDE_FORWARD, "s = slot - slot % args.segments;", "s = slot - slot % args.segments + 1;",
+    ),
+    "wide backward: no barrier before scan 1": no_barrier(
+        WIDE_BACKWARD, ROLLED + " { float columns", BLOCK
+    ),
+    "wide backward: no barrier after scan 1": no_barrier(
+        WIDE_BACKWARD, ROLLED + " finish_query", BLOCK
+    ),
+    "wide backward: no barrier before scan 2": no_barrier(
+        WIDE_BACKWARD, ROLLED_BACK + " { const int i", BLOCK
+    ),
+    "wide backward: no barrier after scan 2": no_barrier(
+        WIDE_BACKWARD, ROLLED_BACK + " finish_key", BLOCK
+    ),
+    "wide backward: no barrier before a chunk's sum": no_barrier(
+        WIDE_BACKWARD, ROLLED + " { sum.add_item", BLOCK
+    ),
+    "wide backward: no barrier after a chunk's sum": no_barrier(
+        WIDE_BACKWARD, "// dnums and the buffers", BLOCK
+    ),
+    "wide backward: one buffer in a chunk's sum": (
+        WIDE_BACKWARD, "buffer == keys ? queries : keys", "keys",
+    ),
+    "wide backward: dnum not divided by den": (WIDE_BACKWARD, "own(dnums, i) *= scale;", ""),
+    "wide backward: the items behind a chunk dropped from y": (
+        WIDE_BACKWARD, "+ (y_base + y)", "+ y",
+    ),
+    "wide backward: the normaliser's share of dq dropped": (
+        WIDE_BACKWARD, "+ dden * own(zs, j)", "",
+    ),
+    "wide backward: T behind a chunk dropped": (
+        WIDE_BACKWARD, "sum.load(tile, total()); WideAhead", "sum.clear(); WideAhead",
+    ),
+    "wide backward: convolution ends at the segment": (
+        WIDE_BACKWARD, "for (int r = 0; r < 3; ++r) later[r] = dpre_of",
+        "for (int r = 0; r < 0; ++r) later[r] = dpre_of",
+    ),
+    "wide backward: a later segment's sum dropped": (
+        WIDE_BACKWARD, "s = segment() + 1;", "s = segment() + 2;",
+    ),
+    "conv gradient: the final window's gradient dropped": (
+        CONV, "p.grad_final.conv && r >= 0 ?", "false ?",
+    ),
     "sums: no barrier": (SUMS, "__syncthreads();", ""),
     "sums: one part dropped": (SUMS, "i < kLanes; ++i", "i + 1 < kLanes; ++i"),
     "generic: no barrier after phi": no_barrier(

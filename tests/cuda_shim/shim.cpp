@@ -108,6 +108,36 @@ void start(unsigned threads) {
   }
 }
 
+bool is_ready(unsigned warp) {
+  for (unsigned t = warp * kLanes; t < (warp + 1) * kLanes; ++t) {
+    if (fibers[t]->state == State::kReady) return true;
+  }
+  return false;
+}
+
+// Every thread of a warp that can goes on to its next collective or barrier.
+void run_warp(unsigned warp) {
+  for (unsigned lane : in_order(kLanes)) {
+    const unsigned t = warp * kLanes + lane;
+    if (fibers[t]->state == State::kReady) resume(t);
+  }
+}
+
+// Until every thread waits or is done. In order, a warp runs as far ahead of the others as it can;
+// shuffled, the warps take turns and miss every other one. A missing barrier between them shows.
+void run_warps(unsigned count) {
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (unsigned w : in_order(count)) {
+      while (is_ready(w)) {
+        moved = true;
+        if (order != Order::kShuffled || generator() % 2 == 0) run_warp(w);
+        if (order == Order::kShuffled) break;
+      }
+    }
+  }
+}
+
 // Opens the block's barrier when all threads wait there.
 bool open_barrier(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
@@ -128,17 +158,11 @@ void run_block(unsigned threads, std::size_t shared_bytes) {
   }
   shared_start = shared.data();
   start(threads);
-  for (;;) {
-    bool moved = false, done = true;
-    for (unsigned t : in_order(threads)) {
-      if (fibers[t]->state == State::kReady) {
-        resume(t);
-        moved = true;
-      }
-      done = done && fibers[t]->state == State::kDone;
-    }
-    if (done) return;
-    if (!moved && !open_barrier(threads)) stop("a barrier never fills");
+  do {
+    run_warps(threads / kLanes);
+  } while (open_barrier(threads));
+  for (unsigned t = 0; t < threads; ++t) {
+    if (fibers[t]->state != State::kDone) stop("a barrier never fills");
   }
 }
 

@@ -188,8 +188,9 @@ void check_malformed(int64_t D, DType dtype, Layout layout, int64_t entry, int64
 }
 
 void check_malformed() {
-  for (int64_t D : {6, 16}) {
+  for (int64_t D : {6, 16, 128}) {
     for (DType dtype : {DType::kFloat, DType::kDouble}) {
+      if (D == 128 && dtype == DType::kDouble) continue;  // as D 6
       check_malformed(D, dtype, Layout::kPadded, 1, -1, {1});
       check_malformed(D, dtype, Layout::kPadded, 2, 1000000000, {2});
       check_malformed(D, dtype, Layout::kPacked, 2, 3, {0, 1, 2});  // decreases
@@ -309,7 +310,7 @@ std::vector<Case> cases(bool all) {
     }
   }
   for (int64_t L : {1, 2, 63, 64, 65, 130}) {
-    for (int64_t D : {8, 16, 32, 64}) {
+    for (int64_t D : {8, 16, 32, 64, 128}) {
       Case c;
       c.D = D;
       c.H = 1;
@@ -319,15 +320,16 @@ std::vector<Case> cases(bool all) {
     }
   }
   for (int64_t W : {1, 2, 4, 7}) {
-    for (int64_t D : {6, 16, 32}) {
+    for (int64_t D : {6, 16, 32, 64, 128}) {
       Case c;
       c.D = D;
+      c.H = D >= 64 ? 1 : 2;
       c.W = W;
       c.layout = Layout::kPacked;
       c.lengths = {4, 0, 0, 11, 1, 67};
       c.final = c.initial = c.grad_final = true;
       c.bias = W != 2;
-      if (all || (D != 32 && W != 2)) add(c);
+      if (all || (D < 32 && W != 2) || (D == 64 && W == 2) || (D == 128 && W == 4)) add(c);
     }
   }
   for (int64_t gap : {0, 1, 8}) {
@@ -338,22 +340,39 @@ std::vector<Case> cases(bool all) {
     c.lengths = {13, 13};
     add(c);
     c.dtype = DType::kBFloat16;
-    c.D = 32;
-    if (all) add(c);
+    for (int64_t D : {32, 64, 128}) {
+      c.D = D;
+      if (all || (D == 128 && gap == 1)) add(c);
+    }
   }
   Case many;  // more parts of the convolution's gradients than threads that sum them
   many.H = 1;
   many.layout = Layout::kPacked;
   many.lengths.assign(40, 3);
   add(many);
-  for (int64_t D : {8, 16, 64, 10}) {  // the base and, but for D 10, segments of a sequence
+  for (int64_t D : {8, 16, 64, 128, 10}) {  // long sums and, but for D 10, segments of a sequence
     Case c;
     c.D = D;
     c.H = 1;
     c.layout = Layout::kPacked;
     c.lengths = {3, 600};
     c.final = c.initial = c.grad_final = true;
-    if (all || D == 16) add(c);
+    if (all || D == 16 || D == 128) add(c);
+  }
+  for (int64_t D : {64, 128}) {  // long sums of one segment; several chunks of a short sequence
+    Case c;
+    c.D = D;
+    c.H = 2;
+    c.lengths = {300};
+    if (all) add(c);
+    c.H = 1;
+    c.lengths = {131};
+    c.gate = c.bias = false;
+    if (all || D == 64) add(c);
+    c.initial = true;
+    c.layout = Layout::kPadded;
+    c.lengths = {69, 130};
+    if (all) add(c);
   }
   return list;
 }
