@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recgrela_ext import ops
 from recgrela_ext.ops import reference
-from recgrela_ext.ops.activation_dropout import activation_dropout, reference_activation_dropout
+from recgrela_ext.ops.activation_dropout import activation_dropout
 from recgrela_ext.ops.encoder_step import PackedEncoder, encoder_step, reference_encoder_step
 from recgrela_ext.ops.topk_scores import reference_topk_scores
 from tests.fuzz.draw import Draw
@@ -258,7 +258,7 @@ class Operators:
         compare(
             "activation_dropout",
             lambda: activation_dropout(**arguments),
-            lambda: reference_activation_dropout(**arguments),
+            lambda: reference.activation_dropout(**arguments),
             getattr(arguments["x"], "dtype", None),
         )
 
