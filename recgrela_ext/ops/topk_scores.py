@@ -147,6 +147,8 @@ def _check(
     N = table.shape[0]
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"{op}: k must be an int of at least 1, got {k!r}")
+    if k >= 2**31:
+        raise ValueError(f"{op}: k must be below 2**31, got {k}")
     if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
         raise TypeError(f"{op}: padding_idx must be an int, got {padding_idx!r}")
     if not 0 <= padding_idx < N:

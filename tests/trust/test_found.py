@@ -183,6 +183,7 @@ STATE = torch.ones(1, 1)
     [
         (lambda: ops.topk_scores(None, STATE, 1), "topk_scores: hidden must be a tensor"),
         (lambda: ops.topk_scores(SPARSE, SPARSE, 1), "topk_scores: hidden must be a dense tensor"),
+        (lambda: ops.topk_scores(STATE, STATE, 10**30), "topk_scores: k must be below 2**31"),
         (lambda: ops.topk_scores(STATE, STATE, 1, None), "topk_scores: padding_idx must be an int"),
         (lambda: ops.topk_scores(STATE, STATE, 1, 0, None, [1]), "topk_scores: seen must be a ten"),
         (
@@ -207,6 +208,12 @@ STATE = torch.ones(1, 1)
 def test_arguments_that_are_no_dense_tensors(call: Any, text: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
         call()
+
+
+def test_flags_that_are_no_flags() -> None:
+    x = torch.ones(1, 1, 1, 2)
+    with pytest.raises(TypeError, match="rela: return_final_state must be True or False, got Tens"):
+        ops.rela(x, x, x, torch.ones(1, 1), return_final_state=torch.ones(2))  # type: ignore
 
 
 def test_eps_too_large_for_torch() -> None:
