@@ -4,8 +4,8 @@
     one_thread_in_children()            # once, before the fork
 
 Plain torch hangs too: its OpenMP library does not survive a fork of a process that has used it.
-"spawn" and "forkserver" need nothing of this, nor do the workers of a DataLoader, which torch itself
-limits to one thread.
+"spawn" and "forkserver" need nothing of this, nor do the workers of a DataLoader, which torch
+itself limits to one thread.
 """
 
 from __future__ import annotations

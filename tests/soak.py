@@ -1,10 +1,10 @@
 """Hours of mixed work in one process, while memory, descriptors and threads are watched.
 
-    python -m tests.soak --hours 2 --out soak.json      # writes a sample every 30 s, judges at the end
-    python -m tests.soak --judge soak.json              # judges a file again
+    python -m tests.soak --hours 2 --out soak.json  # a sample every 30 s, judged at the end
+    python -m tests.soak --judge soak.json          # judges a file again
 
-A round trains, follows events, recommends, saves and loads, and makes mistakes that must be refused.
-Everything it makes is dropped at its end, so that what grows over the rounds is a leak.
+A round trains, follows events, recommends, saves and loads, and makes mistakes that must be
+refused. Everything it makes is dropped at its end, so that what grows over the rounds is a leak.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from tests.trust import records
 WARM_UP = 0.2  # share of the samples before memory has to be flat
 MAX_GROWTH = 6.0  # MiB an hour, of resident memory and by the median slope
 # New Python objects a round. Saving a tensor of a new size leaves 13 behind, 5.7 KiB: safetensors
-# 0.8 makes a ctypes array of it, and ctypes keeps the types of all arrays. A store's seen items have
-# a new size every round.
+# 0.8 makes a ctypes array of it, and ctypes keeps the types of all arrays. A store's seen items
+# have a new size every round.
 MAX_OBJECTS = 15
 USERS, EVENTS = 3000, 600
 

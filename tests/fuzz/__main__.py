@@ -4,8 +4,8 @@
     python -m tests.fuzz states --random --runs 1000000     # without atheris: random edits
     python -m tests.fuzz --replay                   # every kept input once, as the tests do
 
-A finding lands in tests/fuzz/corpus/<target>/found-...; the tests replay it from then on. Fix it and
-start again. What a run did is written to tests/trust/results/fuzz-<target>.json.
+A finding lands in tests/fuzz/corpus/<target>/found-...; the tests replay it from then on. Fix it
+and start again. What a run did is written to tests/trust/results/fuzz-<target>.json.
 """
 
 from __future__ import annotations
@@ -167,9 +167,7 @@ def main() -> int:
         parser.error("target must be given")
     engine = "random" if options.random else "atheris"
     out = options.results / f"fuzz-{options.target}.json"
-    counted = instrumented(
-        engine, lambda: Counted(options.target, options.seconds, out, engine)
-    )
+    counted = instrumented(engine, lambda: Counted(options.target, options.seconds, out, engine))
     if options.random:
         at_random(counted, options.runs, options.seed)
     else:

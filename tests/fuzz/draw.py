@@ -106,9 +106,16 @@ class Draw:
         return bytes(data)
 
 
+def one_line(error: Exception) -> None:
+    """Every refusal is one line with something in it."""
+    text = str(error)
+    assert text, "says nothing"
+    assert "\n" not in text, f"more than a line: {text!r}"
+
+
 def changed(draw: Draw, content: Any) -> Any:
     """A JSON value with one place replaced, removed or added, at any depth."""
-    if isinstance(content, dict) and content and not (draw.byte() % 4 == 0):
+    if isinstance(content, dict) and content and draw.byte() % 4 != 0:
         key = draw.one_of(sorted(content))
         action = draw.below(5)
         if action == 0:
@@ -116,7 +123,7 @@ def changed(draw: Draw, content: Any) -> Any:
         if action == 1:
             return {**content, str(draw.value())[:40]: draw.value()}
         return {**content, key: changed(draw, content[key])}
-    if isinstance(content, list) and content and not (draw.byte() % 4 == 0):
+    if isinstance(content, list) and content and draw.byte() % 4 != 0:
         place = draw.below(len(content))
         action = draw.below(4)
         if action == 0:

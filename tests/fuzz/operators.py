@@ -1,4 +1,4 @@
-"""Calls of every public operator: sizes, dtypes, strides, lengths, states, and one argument spoiled.
+"""Calls of every public operator: sizes, dtypes, strides, lengths, states; one argument spoiled.
 
 What is refused is refused in one line that begins with the operator's name; what is accepted gives
 what the reference gives. Raw calls of `torch.ops` are spoiled too: there a missing check would be a
@@ -20,7 +20,7 @@ from recgrela_ext.ops import reference
 from recgrela_ext.ops.activation_dropout import activation_dropout
 from recgrela_ext.ops.encoder_step import PackedEncoder, encoder_step, reference_encoder_step
 from recgrela_ext.ops.topk_scores import reference_topk_scores
-from tests.fuzz.draw import Draw
+from tests.fuzz.draw import Draw, one_line
 from tests.ops.problems import make_problem, make_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ def refused(error: Exception, op: str) -> None:
     """The documented form of an error."""
     text = str(error)
     assert re.match(rf"{op}(_backward|_forward)?: ", text), f"not ours: {text!r}"
-    assert "\n" not in text, f"more than a line: {text!r}"
+    one_line(error)
 
 
 def spoiled(draw: Draw, name: str, x: Any) -> Any:
@@ -82,7 +82,11 @@ def spoil_one(draw: Draw, arguments: Arguments) -> Arguments:
         value = arguments[name]
         if isinstance(value, tuple) and value:
             place = draw.below(len(value))
-            arguments[name] = (*value[:place], spoiled(draw, "state", value[place]), *value[place + 1 :])
+            arguments[name] = (
+                *value[:place],
+                spoiled(draw, "state", value[place]),
+                *value[place + 1 :],
+            )
         else:
             arguments[name] = spoiled(draw, name, value)
     return arguments
@@ -114,8 +118,9 @@ def compare(op: str, call: Callable[[], Any], plain: Callable[[], Any], dtype: A
         refused(error, op)
         return
     except RuntimeError as error:
-        assert "allocate memory" in str(error), f"not ours: {str(error)!r}"
-        return
+        if "allocate memory" in str(error):
+            return
+        raise
     alike(found, plain(), dtype if dtype in LIMITS else torch.float32, op)
 
 
@@ -289,17 +294,13 @@ class Operators:
             "initial_state", "causal")}  # fmt: skip
         arguments |= dict(zip(("kv", "k_sum", "conv", "position"), state, strict=True))
         arguments["save_for_backward"] = draw.flag()
-        self.raw(
-            "gated_rela", torch.ops.recgrela.gated_rela_forward, spoil_one(draw, arguments)
-        )
+        self.raw("gated_rela", torch.ops.recgrela.gated_rela_forward, spoil_one(draw, arguments))
 
     def raw_step(self, draw: Draw) -> None:
         arguments = self.step_arguments(draw)
         state = arguments.pop("state")
         arguments |= dict(zip(("kv", "k_sum", "conv", "position"), state, strict=True))
-        self.raw(
-            "gated_rela_step", torch.ops.recgrela.gated_rela_step, spoil_one(draw, arguments)
-        )
+        self.raw("gated_rela_step", torch.ops.recgrela.gated_rela_step, spoil_one(draw, arguments))
 
     def raw_encoder(self, draw: Draw) -> None:
         p, x, rows, position = self.packed_encoder(draw)

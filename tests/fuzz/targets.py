@@ -1,5 +1,8 @@
-"""The fuzz targets by name. A target is made with an empty folder and called with bytes: it returns,
-or an exception says what it found."""
+"""The fuzz targets by name.
+
+A target is made with an empty folder and called with bytes: it returns, or an exception says what
+it found.
+"""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_who_does_not_fit_at_rest_is_named() -> None:
     state = model.init_state(1)
     state.buffer.fill_(1e6)
     store.put([77], state)
-    with pytest.raises(StateError, match="the state of user 77 must fit in torch.float16"):
+    with pytest.raises(StateError, match=r"the state of user 77 must fit in torch\.float16"):
         store.step([1], torch.tensor([2]))
     store.evict([77])
     store.step([1], torch.tensor([2]))

@@ -190,9 +190,7 @@ def test_model(model: RecGRELA, value: float, users: int, form: str) -> None:
     """One user meets a poisoned item; the others' hidden states and states keep their bits."""
     poisoned = Poisoned(model, value).model
     lengths = torch.randint(1, 20, (users,))
-    rows = torch.randint(1, 40, (users, 20)).masked_fill(
-        torch.arange(20) >= lengths[:, None], 0
-    )
+    rows = torch.randint(1, 40, (users, 20)).masked_fill(torch.arange(20) >= lengths[:, None], 0)
     bad = users // 2
     theirs = rows.clone()
     theirs[bad, 0] = 40

@@ -113,9 +113,7 @@ class Encoded(Dataset[Tensor]):
             return self.model(torch.tensor([[index + 1, 7, 3]]))[0]
 
 
-@pytest.mark.parametrize(
-    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_loader(method: str) -> None:
     """After parallel work in the parent; spawn pickles the model."""
     if method not in multiprocessing.get_all_start_methods():
