@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 STACKS := recbole rectools replay torchrec hub
 STACK_ENV := build/integrations
 
-.PHONY: test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
+.PHONY: fuzz matrix pins audit sbom test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
 	test-integrations test-distributed $(STACKS:%=test-%)
 
 test: $(INSTALLED) ctest
@@ -45,6 +45,35 @@ $(STACK_ENV)/%/stamp: $(INSTALLED)
 	$(PYTHON) -m venv $(STACK_ENV)/$*
 	$(BIN)/python tests/integrations/install_stack.py $* $(STACK_ENV)/$*/bin/python "$(TORCH)"
 	@touch $@
+
+# Coverage-guided where atheris is installed (pip install atheris), else random edits.
+RUNS ?= 1000000
+SECONDS ?= 60
+FUZZ_TARGETS ?= readers states models stores checkpoints requests operators
+fuzz: $(INSTALLED)
+	$(PIP) install -q -e '.[service]'
+	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.fuzz $$target --runs $(RUNS) \
+	  --seconds $(SECONDS) --results build/fuzz $$($(BIN)/python -c 'import importlib.util as u; \
+	  print("" if u.find_spec("atheris") else "--random")') || exit 1; done
+
+# A wheel per Python, the operator suite on each torch; downloads every torch there is.
+matrix: $(INSTALLED)
+	$(BIN)/python -m tests.matrix $(MATRIX)
+
+# Versions and hashes of CI's tools; what is installed, checked against known weaknesses; its list.
+TOOLS := build/tools
+$(TOOLS)/stamp:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q pip-tools pip-audit cyclonedx-bom
+	@touch $@
+pins: $(TOOLS)/stamp
+	$(TOOLS)/bin/pip-compile -q --generate-hashes --strip-extras --no-header --no-emit-index-url \
+	  --no-emit-find-links -o ci-constraints.txt ci-tools.in
+audit: $(TOOLS)/stamp $(INSTALLED)
+	$(PIP) freeze --exclude-editable >build/installed.txt
+	$(TOOLS)/bin/pip-audit -r build/installed.txt --no-deps --disable-pip
+sbom: $(TOOLS)/stamp $(INSTALLED)
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml -o build/sbom.json $(BIN)/python
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recgrela_ext.demo $(if $(DATA),--data "$(DATA)")

@@ -31,7 +31,9 @@ from typing import Any, Protocol
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from recgrela_ext import ItemTable, RecGRELA, SeenItems, UserState
@@ -150,6 +152,12 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
         if blob is None:
             return model.init_state(1), SeenItems(1)
         return UserState.from_bytes(blob, model), SeenItems.from_bytes(blob)
+
+    @app.exception_handler(RequestValidationError)
+    def refused(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Not FastAPI's own answer: it repeats the input, and has no way to write NaN.
+        mistakes = [{"loc": one["loc"], "msg": one["msg"]} for one in error.errors()]
+        return JSONResponse({"detail": mistakes}, 422)
 
     @app.post("/events")
     def event(event: Event) -> dict[str, bool]:

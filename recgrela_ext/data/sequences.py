@@ -108,7 +108,7 @@ class IdMap:
             raise DataError(f"IdMap.load: no such file: {path}") from None
         except OSError as error:
             raise DataError(f"IdMap.load: {path} must be readable: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"IdMap.load: {path} must be a JSON id map, got {error}") from None
         if not isinstance(content, dict) or content.get("format") != _ID_MAP_FORMAT:
             raise DataError(f"IdMap.load: {path} must be a JSON id map, got another kind of JSON")
@@ -122,6 +122,8 @@ class IdMap:
             if titles is not None:
                 pairs = zip(content["item_ids"], titles, strict=True)
                 titles = {raw: title for raw, title in pairs if title is not None}
+                if not all(isinstance(title, str) for title in titles.values()):
+                    raise TypeError("titles must be text")
             return cls(_id_array(content["user_ids"]), _id_array(content["item_ids"]), titles)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"IdMap.load: {path} must hold ids and titles, got {error!r}") from None
@@ -301,8 +303,15 @@ def target_digest(id_map: IdMap, user: np.ndarray, target_items: np.ndarray) -> 
     return digest.hexdigest()
 
 
-def _id_array(values: list[Any]) -> np.ndarray:
-    return np.asarray(values) if values else np.empty(0, np.int64)
+def _id_array(values: Any) -> np.ndarray:
+    """What `IdMap.save` wrote as an array; TypeError for anything but distinct ids of one type."""
+    kinds = {type(one) for one in values} if isinstance(values, list) else {None}
+    ids = np.asarray(values) if kinds in ({int}, {str}) else np.empty(0, np.int64)
+    if kinds - {int, str} or len(kinds) > 1 or ids.dtype.kind not in "iU":
+        raise TypeError("ids must be a list of integers or of texts")
+    if len(set(values)) != len(values):
+        raise ValueError("ids must be distinct")
+    return ids
 
 
 def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -88,7 +89,7 @@ class TextSource(io.RawIOBase):
         path = self._paths[self._next - 1]
         try:
             data = self._text.read(size)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: must be readable to its end, got {error}") from None
         pending = len(self._decoder.getstate()[0])
         try:
@@ -120,7 +121,7 @@ def first_line(path: Path) -> str:
     try:
         with path.open("rb") as raw, open_bytes(raw, path) as text:
             line = text.readline(1 << 20)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: must be readable, got {error}") from None
     if not line:
         raise DataError(f"{path}: must hold events, got an empty file")

@@ -111,7 +111,12 @@ class SeenItems:
         """One user from either `to_bytes`. StateError for damaged bytes, or a state without ids."""
         magic, body = storage.unseal("SeenItems.from_bytes", blob, (_MAGIC, STATE_MAGIC), 0)
         if magic == STATE_MAGIC:
-            (offset,) = _OFFSET.unpack_from(body)
+            offset = _OFFSET.unpack_from(body)[0] if len(body) >= _OFFSET.size else len(body) + 1
+            if offset > len(body):
+                raise StateError(
+                    "SeenItems.from_bytes: blob must be whole, got seen items that begin at byte "
+                    f"{offset} of {len(body)}"
+                )
             if offset == 0:
                 raise StateError(
                     "SeenItems.from_bytes: blob must be stored with seen items, got a state alone"
@@ -119,7 +124,12 @@ class SeenItems:
             body = body[offset:]
         if len(body) % 4:
             raise StateError(f"SeenItems.from_bytes: ids must be int32, got {len(body)} bytes")
-        return cls.from_lists([np.frombuffer(body, dtype=np.int32)])
+        rows = np.frombuffer(body, dtype=np.int32)
+        if rows.size and int(rows.min()) < 0:
+            raise StateError(
+                f"SeenItems.from_bytes: items must lie in 0..{_LAST_ROW}, got {int(rows.min())}"
+            )
+        return cls.from_lists([rows])
 
 
 class _User:

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import StateError
 from . import blob as storage
 from . import streaming
-from .pool import Pool, Users
+from .pool import Pool, Rows, Users
 from .seen import SeenItems
 from .state import UserState
 
@@ -288,11 +289,28 @@ class UserStateStore:
         resting = last.find(ids)
         back = ids[resting >= 0]
         last.recency.touch(resting[resting >= 0])
-        rows = last.encode(*first.read(first.find(leaving)))
+        rows = self._encoded(leaving)
         self._drop(last.oldest(max(0, len(leaving) - last.free - len(back))))
         last.remove(back)
         first.remove(leaving)
         last.write(leaving, rows)
+
+    def _encoded(self, leaving: Users) -> Rows:
+        """Users of the first pool in the format at rest; StateError names one who does not fit."""
+        first, last = self.pools
+        try:
+            return last.encode(*first.read(first.find(leaving)))
+        except StateError:
+            for user in leaving:
+                try:
+                    last.encode(*first.read(first.find(np.asarray([user]))))
+                except StateError:
+                    limit = "float16 ends at 65504"
+                    raise StateError(
+                        f"UserStateStore.put: the state of user {user} must fit in {last.dtype} to "
+                        f"make room, {limit}: evict or rebuild it, or use bfloat16 or float32"
+                    ) from None
+            raise
 
     def _drop(self, users: Users) -> None:
         """Users fall out of the last pool."""

@@ -69,9 +69,20 @@ def load(
                     f"UserStateStore.load: {path} must come from this model, got one of another "
                     "configuration or other weights"
                 )
-            store = cls(model, facts["capacity"], facts["dtype"], facts["active"], on_evict, device)
+            try:
+                store = cls(
+                    model, facts["capacity"], facts["dtype"], facts["active"], on_evict, device
+                )
+            except (ValueError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+                raise StateError(
+                    f"UserStateStore.load: {path} must have sizes that can be made here, got "
+                    f"{facts['capacity']} users, {facts['active']} active: "
+                    f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+                ) from None
             for number, pool in enumerate(store.pools):
                 _fill(pool, _Reader(file, facts, f"{number}.", path))
+            if len(np.unique(store.users)) != len(store):
+                raise StateError(f"UserStateStore.load: {path} must hold distinct users")
             _fill_seen(store, _Reader(file, facts, "seen.", path))
     except SafetensorError as error:
         raise StateError(
@@ -95,16 +106,37 @@ def _pool_tensors(pool: Pool) -> dict[str, Tensor]:
 
 
 def _fill(pool: Pool, read: _Reader) -> None:
-    order, owner = read("order").numpy(), read("owner").numpy()
+    order, owner = read("order", torch.int64).numpy(), read("owner", torch.int64).numpy()
+    slots = np.sort(order)
+    read.require(len(owner) <= pool.capacity, "owner", "fit its capacity")
+    fits = len(slots) <= len(owner) and np.all(np.diff(slots) > 0)
+    fits = fits and (not len(slots) or (slots[0] >= 0 and slots[-1] < len(owner)))
+    read.require(bool(fits), "order", "list slots once")
+    read.require(len(np.unique(owner[order])) == len(order), "owner", "be distinct users")
     for name, into in zip(pool.rows._fields, pool.rows, strict=True):
         if into is not None:
-            into[: len(owner)] = read(name)
+            rows = read(name, into.dtype, into.dim())
+            read.require(rows.shape == into[: len(owner)].shape, name, "have rows of this model")
+            into[: len(owner)] = rows
+    low = int(pool.rows.position.min()) if pool.capacity else 0
+    read.require(low >= 0, "position", "be at least 0")
     pool.restore(owner, order)
 
 
 def _fill_seen(store: UserStateStore, read: _Reader) -> None:
-    users, counts, items = (read(name).numpy() for name in ("users", "counts", "items"))
-    lists = np.split(items, np.cumsum(counts)[:-1]) if len(counts) else []
+    users, counts = read("users", torch.int64).numpy(), read("counts", torch.int64).numpy()
+    items = read("items", torch.int32).numpy()
+    bounds = np.concatenate(([0], np.cumsum(counts)))
+    fits = len(users) == len(counts) and bool((counts >= 0).all()) and bounds[-1] == len(items)
+    read.require(bool(fits), "counts", "be the lengths of the lists of items")
+    known = np.isin(users, store.users)
+    read.require(bool(known.all()) and len(np.unique(users)) == len(users), "users", "be kept once")
+    ascends = np.ones(len(items), dtype=bool)
+    ascends[1:] = np.diff(items) > 0
+    ascends[bounds[:-1][counts > 0]] = True
+    good = bool(ascends.all()) and (not len(items) or items.min() >= 0)
+    read.require(bool(good), "items", "be ascending rows")
+    lists = np.split(items, bounds[1:-1]) if len(counts) else []
     store._seen = {user: ids.copy() for user, ids in zip(users.tolist(), lists, strict=True)}
 
 
@@ -114,8 +146,12 @@ def _facts(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, 
     try:
         facts: dict[str, Any] = json.loads(metadata["facts"])
         version = facts["version"]
-    except (ValueError, KeyError, TypeError):
-        raise StateError(f"UserStateStore.load: {path} must have a whole header") from None
+        whole = all(name in facts for name in ("fingerprint", "capacity", "active", "dtype"))
+        whole = whole and isinstance(facts["sha256"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        version, whole = _VERSION, False
+    if version == _VERSION and not whole:
+        raise StateError(f"UserStateStore.load: {path} must have a whole header")
     if version != _VERSION:
         raise StateError(f"UserStateStore.load: {path} must have version {_VERSION}, got {version}")
     return facts
@@ -129,12 +165,23 @@ class _Reader:
     ) -> None:
         self.file, self.facts, self.prefix, self.path = file, facts, prefix, path
 
-    def __call__(self, name: str) -> Tensor:
+    def require(self, holds: bool, name: str, condition: str) -> None:
+        if not holds:
+            raise StateError(
+                f"UserStateStore.load: {self.prefix}{name} of {self.path} must {condition}"
+            )
+
+    def __call__(self, name: str, dtype: torch.dtype, dims: int = 1) -> Tensor:
         name = self.prefix + name
         tensor: Tensor = self.file.get_tensor(name)
         if weights_digest({name: tensor}) != self.facts["sha256"].get(name):
             raise StateError(
                 f"UserStateStore.load: {self.path} must be whole, checksum of {name} differs"
+            )
+        if tensor.dtype != dtype or tensor.dim() != dims:
+            raise StateError(
+                f"UserStateStore.load: {name} of {self.path} must be {dtype} of {dims} dimensions, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
             )
         return tensor
 

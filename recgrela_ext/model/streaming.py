@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,17 +25,29 @@ _FUSED_USERS = 64  # above it the layers' matrix products are faster
 _ROWS = 1 << 14  # packed rows at once
 
 
+# Models of which calls that began in training mode have not ended, and how many.
+_borrowed: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: RecGRELA) -> Iterator[None]:
-    """Evaluation mode inside, as before afterwards."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+    """Evaluation mode inside, as before once no thread is inside any more."""
+    with _lock:
+        count = _borrowed.get(model, 0)
+        borrows = model.training or count > 0
+        if borrows:
+            _borrowed[model] = count + 1
+            model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        if borrows:
+            with _lock:
+                _borrowed[model] -= 1
+                if not _borrowed[model]:
+                    del _borrowed[model]
+                    model.train()
 
 
 def layout(model: RecGRELA) -> StateLayout:

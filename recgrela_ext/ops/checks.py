@@ -18,9 +18,11 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def _tensor(op: str, name: str, x: Any) -> None:
+def check_tensor(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
 
 
 def _shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:
@@ -37,7 +39,7 @@ def _same_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
 
 def check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, dims: int) -> None:
     """q, k, v and gate: one shape, floating dtype and device, the last dimension contiguous."""
-    _tensor(op, "q", q)
+    check_tensor(op, "q", q)
     words = {4: "[B, L, H, D]", 3: "[T, H, D] with cu_seqlens"}[dims]
     if op.endswith("step"):
         words = "[B, H, D]"
@@ -52,7 +54,7 @@ def check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, di
     for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate)):
         if x is None and name == "gate":
             continue
-        _tensor(op, name, x)
+        check_tensor(op, name, x)
         assert x is not None
         if x.shape != q.shape:
             raise ValueError(
@@ -77,18 +79,19 @@ def check_parameters(
 ) -> int:
     """inv_freq, conv_weight, conv_bias and eps; returns the convolution's width W."""
     H, D = q.shape[-2:]
-    _tensor(op, "inv_freq", inv_freq)
+    check_tensor(op, "inv_freq", inv_freq)
     if inv_freq.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}")
     _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
     _same_device(op, "inv_freq", inv_freq, q)
-    if not (isinstance(eps, (float, int)) and 0 <= eps < math.inf):
+    whole = isinstance(eps, int) and eps < 2**63  # torch takes no larger one
+    if not ((isinstance(eps, float) or whole) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
     if conv_weight is None:
         if conv_bias is not None:
             raise ValueError(f"{op}: conv_bias must be None without conv_weight, got a tensor")
         return 1
-    _tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "conv_weight", conv_weight)
     if conv_weight.dim() != 2 or conv_weight.shape[0] != H * D or conv_weight.shape[1] < 1:
         raise ValueError(
             f"{op}: conv_weight must have shape [H*D, W] = [{H * D}, W] with W >= 1, "
@@ -97,7 +100,7 @@ def check_parameters(
     for name, x in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
         if x is None:
             continue
-        _tensor(op, name, x)
+        check_tensor(op, name, x)
         if x.dtype not in FLOATING:
             raise ValueError(f"{op}: {name} must have a floating dtype, got {x.dtype}")
         _same_device(op, name, x, q)
@@ -122,7 +125,7 @@ def check_state(op: str, name: str, state: Any, q: Tensor, B: int, width: int) -
     )
     for x, (part, shape, words, dtype) in zip(state, parts, strict=True):
         label = f"{name} {part}"
-        _tensor(op, label, x)
+        check_tensor(op, label, x)
         _shape(op, label, x, shape, words)
         if x.dtype != dtype:
             raise ValueError(f"{op}: {label} must have dtype {dtype}, got {x.dtype}")
@@ -148,13 +151,16 @@ def check_sequence(
     """Every argument of gated_rela and rela."""
     if lengths is not None and cu_seqlens is not None:
         raise ValueError(f"{op}: lengths must be None with cu_seqlens, got both")
+    for name, flag in (("return_final_state", return_final_state), ("causal", causal)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {type(flag).__name__}")
     check_rows(op, q, k, v, gate, 3 if cu_seqlens is not None else 4)
     width = check_parameters(op, q, inv_freq, conv_weight, conv_bias, eps)
     B = q.shape[0]
     for name, x in (("lengths", lengths), ("cu_seqlens", cu_seqlens)):
         if x is None:
             continue
-        _tensor(op, name, x)
+        check_tensor(op, name, x)
         if x.dtype not in INTEGERS:
             raise ValueError(f"{op}: {name} must have dtype int64 or int32, got {x.dtype}")
         _same_device(op, name, x, q)
@@ -174,13 +180,13 @@ def check_sequence(
 
 def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) -> None:
     """Every argument of activation_dropout."""
-    _tensor(op, "x", x)
+    check_tensor(op, "x", x)
     if x.dtype not in FLOATING:
         raise ValueError(
             f"{op}: x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}"
         )
     if residual is not None:
-        _tensor(op, "residual", residual)
+        check_tensor(op, "residual", residual)
         _shape(op, "residual", residual, tuple(x.shape), "of x")
         if residual.dtype != x.dtype:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
+from .checks import check_tensor
 from .gated_rela import forward_mode, needs_gradient
 
 
@@ -130,6 +131,12 @@ def encoder_step(
         RuntimeError: gradients are on and an input requires one.
         ValueError, TypeError: an argument's shape, dtype, device or stride is off.
     """
+    if not isinstance(packed_weights, PackedEncoder):
+        got = type(packed_weights).__name__
+        raise TypeError(f"encoder_step: packed_weights must be a PackedEncoder, got {got}")
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        got = type(state).__name__
+        raise TypeError(f"encoder_step: state must be a pair (rows, position), got {got}")
     rows, position = state
     _check(item_vectors, packed_weights, rows, position, active)
     if needs_gradient(item_vectors, rows):
@@ -153,6 +160,7 @@ def encoder_step(
 def _check(
     x: Tensor, packed: PackedEncoder, rows: Tensor, position: Tensor, active: Tensor | None
 ) -> None:
+    check_tensor("encoder_step", "item_vectors", x)
     C, B = packed.hidden_size, x.shape[0] if x.dim() else 0
     wanted = (
         ("item_vectors", x, (B, C), packed.weights.dtype),
@@ -161,8 +169,10 @@ def _check(
         ("active", active, (B,), torch.bool),
     )
     for name, tensor, shape, dtype in wanted:
-        if tensor is None:
+        if tensor is None and name == "active":
             continue
+        check_tensor("encoder_step", name, tensor)
+        assert tensor is not None
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"encoder_step: {name} must have shape {list(shape)}, got {list(tensor.shape)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .autocast import cast_rows, full_precision
-from .checks import check_parameters, check_rows, check_state
+from .checks import check_parameters, check_rows, check_state, check_tensor
 from .gated_rela import forward_mode, needs_gradient
 from .reference import State, accumulate_dtype
 
@@ -51,8 +51,8 @@ def gated_rela_step(
     check_rows("gated_rela_step", q, k, v, gate, 3)
     width = check_parameters("gated_rela_step", q, inv_freq, conv_weight, conv_bias, eps)
     check_state("gated_rela_step", "state", state, q, q.shape[0], width)
-    if active is not None and not isinstance(active, Tensor):
-        raise TypeError(f"gated_rela_step: active must be a tensor, got {type(active).__name__}")
+    if active is not None:
+        check_tensor("gated_rela_step", "active", active)
     if active is not None and (active.shape != q.shape[:1] or active.dtype != torch.bool):
         raise ValueError(
             f"gated_rela_step: active must be a bool tensor of shape [B] = [{q.shape[0]}], "

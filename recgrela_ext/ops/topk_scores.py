@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _library
 from . import chunked_topk
+from .checks import check_tensor
 from .gated_rela import needs_gradient
 
 _TABLES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
@@ -128,6 +129,11 @@ def _check(
     candidates: Tensor | None,
 ) -> None:
     op = "topk_scores"
+    for name, x in (("hidden", hidden), ("table", table)):
+        check_tensor(op, name, x)
+    for name, x in (("scale", scale), ("seen", seen), ("candidates", candidates)):
+        if x is not None:
+            check_tensor(op, name, x)
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(
             f"{op}: hidden must be floating [B, width], got {hidden.dtype} {list(hidden.shape)}"
@@ -141,6 +147,10 @@ def _check(
     N = table.shape[0]
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"{op}: k must be an int of at least 1, got {k!r}")
+    if k >= 2**31:
+        raise ValueError(f"{op}: k must be below 2**31, got {k}")
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"{op}: padding_idx must be an int, got {padding_idx!r}")
     if not 0 <= padding_idx < N:
         raise ValueError(f"{op}: padding_idx must lie in 0..{N - 1}, got {padding_idx}")
     if (scale is not None) != (table.dtype == torch.int8):

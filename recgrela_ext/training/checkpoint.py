@@ -150,12 +150,13 @@ class CheckpointFolder:
                     f"{place} must have version {_VERSION}, got {content.get('version')!r}"
                 )
             told = content.pop("sha256", None)
-            whole = told == _sha256_of_json(content)
-            whole = whole and content["tensors_sha256"] == _sha256_of_file(place / _TENSORS)
+            whole = told == _sha256_of_json(content) and isinstance(content.get("state"), dict)
+            tensors_told = content.get("tensors_sha256")
+            whole = whole and tensors_told == _sha256_of_file(place / _TENSORS)
             if not whole:
                 raise CheckpointError(f"{place} must be whole, got files that miss their checksum")
             loaded = safetensors.torch.load_file(place / _TENSORS)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{place} must be a whole checkpoint, got {error}") from None

@@ -1,0 +1,179 @@
+"""Coverage-guided fuzzing of everything that reads what others wrote; needs `pip install atheris`.
+
+    python -m tests.fuzz states --runs 1000000      # stops at the first finding, which it keeps
+    python -m tests.fuzz states --random --runs 1000000     # without atheris: random edits
+    python -m tests.fuzz --replay                   # every kept input once, as the tests do
+
+A finding lands in tests/fuzz/corpus/<target>/found-...; the tests replay it from then on. Fix it
+and start again. What a run did is written to tests/trust/results/fuzz-<target>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.fuzz import targets
+from tests.trust import records
+
+EVERY = 1000  # runs between two looks at the clock
+MEMORY = 12 << 30  # bytes of address space: a file must not ask for more and get it
+LONGEST = 20.0  # seconds one input may take
+
+
+class Counted:
+    """A target that counts, keeps what it found, and stops at a limit of time."""
+
+    def __init__(self, name: str, seconds: float, out: Path, engine: str) -> None:
+        self.name, self.seconds, self.out, self.engine = name, seconds, out, engine
+        self.folder = tempfile.TemporaryDirectory(prefix="recgrela-fuzz-", dir=fast_folder())
+        self.target = targets.make(name, Path(self.folder.name))
+        self.runs, self.start, self.slowest = 0, time.monotonic(), 0.0
+        self.found: str | None = None
+
+    def __call__(self, data: bytes) -> None:
+        self.runs += 1
+        begin, worked = time.monotonic(), time.process_time()
+        try:
+            self.target(data)
+            took = time.process_time() - worked  # a busy machine is no finding
+            self.slowest = max(self.slowest, took)
+            assert took < LONGEST, f"one input took {took:.0f} s"
+        except BaseException:
+            self.found = self.keep(data)
+            self.write()
+            raise
+        if self.runs % EVERY == 0 and self.seconds and begin - self.start > self.seconds:
+            self.finish()
+            os._exit(0)
+
+    def keep(self, data: bytes) -> str:
+        place = targets.CORPUS / self.name / f"found-{targets.case_name(data)}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+        print(f"found: {place}", file=sys.stderr)
+        return place.name
+
+    def write(self) -> None:
+        seconds = time.monotonic() - self.start
+        earlier = records.read(self.out) if self.out.exists() else {}
+        record = {
+            "kind": "fuzz",
+            "target": self.name,
+            "engine": self.engine,
+            "runs": self.runs + earlier.get("runs", 0),
+            "runs_since_a_finding": 0 if self.found else self.runs + earlier.get(
+                "runs_since_a_finding", 0
+            ),
+            "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
+            "slowest_seconds": round(max(self.slowest, earlier.get("slowest_seconds", 0.0)), 3),
+            "findings": [*earlier.get("findings", []), *([self.found] if self.found else [])],
+            "versions": records.versions(),
+        }  # fmt: skip
+        records.write(self.out, record)
+
+    def finish(self) -> None:
+        """Writes the record once, also where libFuzzer ends the process."""
+        if self.found is None and self.runs:
+            self.write()
+            print(f"{self.name}: {self.runs} runs, nothing found")
+        self.runs = 0
+        self.folder.cleanup()
+
+
+def fast_folder() -> str | None:
+    """In memory where that exists: a run writes files thousands of times a second."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def guided(counted: Counted, runs: int, flags: list[str]) -> None:
+    """libFuzzer by atheris; it ends the process, and calls atexit before."""
+    import atheris
+
+    corpus = targets.CORPUS / counted.name
+    grown = Path(tempfile.gettempdir()) / f"recgrela-corpus-{counted.name}"
+    for place in (corpus, grown):
+        place.mkdir(parents=True, exist_ok=True)
+    # New inputs go into the first folder, outside the repository.
+    options = [f"-runs={runs}", "-max_len=2048", "-timeout=60", "-rss_limit_mb=4096"]
+    atheris.Setup([sys.argv[0], *options, *flags, str(grown), str(corpus)], counted)
+    atexit.register(counted.finish)
+    atheris.Fuzz()
+
+
+def at_random(counted: Counted, runs: int, seed: int) -> None:
+    """Random bytes and edits of the corpus, for machines without atheris."""
+    rng = random.Random(seed)
+    known = [path.read_bytes() for path in targets.corpus(counted.name)] or [b""]
+    for _ in range(runs):
+        data = bytearray(rng.choice(known)) if rng.random() < 0.3 else bytearray()
+        data += rng.randbytes(rng.randrange(200))
+        for _ in range(rng.randrange(4)):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        counted(bytes(data))
+    counted.finish()
+
+
+def instrumented(engine: str, run: Callable[[], Any]) -> Any:
+    """Imports of our package count what they reach."""
+    if engine != "atheris":
+        return run()
+    import atheris
+
+    with atheris.instrument_imports(include=["recgrela_ext"]):
+        return run()
+
+
+def replay(names: list[str]) -> int:
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            target = targets.make(name, Path(folder))
+            cases = targets.corpus(name)
+            for case in cases:
+                target(case.read_bytes())
+        print(f"{name}: {len(cases)} inputs")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("target", nargs="?", choices=list(targets.TARGETS))
+    parser.add_argument("--runs", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=0.0, help="stop after this time")
+    parser.add_argument("--random", action="store_true", help="without atheris")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", action="store_true")
+    parser.add_argument("--results", type=Path, default=records.FOLDER)
+    options, flags = parser.parse_known_args()
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable(logging.CRITICAL)
+    if options.replay:
+        return replay([options.target] if options.target else list(targets.TARGETS))
+    if options.target is None:
+        parser.error("target must be given")
+    engine = "random" if options.random else "atheris"
+    out = options.results / f"fuzz-{options.target}.json"
+    counted = instrumented(engine, lambda: Counted(options.target, options.seconds, out, engine))
+    if options.random:
+        at_random(counted, options.runs, options.seed)
+    else:
+        guided(counted, options.runs, flags)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""Calls of every public operator: sizes, dtypes, strides, lengths, states; one argument spoiled.
+
+What is refused is refused in one line that begins with the operator's name; what is accepted gives
+what the reference gives. Raw calls of `torch.ops` are spoiled too: there a missing check would be a
+crash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recgrela_ext import ops
+from recgrela_ext.ops import reference
+from recgrela_ext.ops.activation_dropout import activation_dropout
+from recgrela_ext.ops.encoder_step import PackedEncoder, encoder_step, reference_encoder_step
+from recgrela_ext.ops.topk_scores import reference_topk_scores
+from tests.fuzz.draw import Draw, one_line
+from tests.ops.problems import make_problem, make_state
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LIMITS = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+OTHER_DTYPES = (*DTYPES, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64)
+Arguments = dict[str, Any]
+
+
+def refused(error: Exception, op: str) -> None:
+    """The documented form of an error."""
+    text = str(error)
+    assert re.match(rf"{op}(_backward|_forward)?: ", text), f"not ours: {text!r}"
+    one_line(error)
+
+
+def spoiled(draw: Draw, name: str, x: Any) -> Any:
+    """Another value of an argument: often wrong, sometimes only unusual."""
+    action = draw.below(12)
+    if not isinstance(x, Tensor):
+        return draw.value() if action else torch.ones(2)
+    if action == 0:
+        return x.to(draw.one_of(OTHER_DTYPES))
+    if action == 1:
+        return x[: draw.below(x.shape[0] + 1)] if x.dim() else x
+    if action == 2:
+        return x[..., : draw.below(x.shape[-1] + 1)] if x.dim() else x
+    if action == 3:
+        return x.unsqueeze(draw.below(x.dim() + 1))
+    if action == 4:
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x
+    if action == 5:
+        return x[:1].expand(x.shape) if x.dim() and x.shape[0] else x
+    if action == 6:
+        return x.to("meta")
+    if action == 7 and not x.is_floating_point() and x.numel() and not x.is_meta:
+        x = x.clone()
+        if name == "state":  # a position: any the rotation can still tell from its neighbour
+            x.view(-1)[draw.below(x.numel())] = draw.one_of([0, 1, 7, 2**31, 2**40])
+        elif x.dtype in (torch.int64, torch.int32):
+            far = torch.tensor([-1, 0, 1, 7, 2**31, 2**62, -(2**63)])[draw.below(7)]
+            x.view(-1)[draw.below(x.numel())] = far.to(x.dtype)
+        return x
+    if action == 8 and x.dim():
+        wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+    if action == 9:
+        return x.flatten()
+    if action == 10:
+        return x.to_sparse() if x.dim() and x.numel() and x.layout == torch.strided else x
+    return draw.one_of([None, "x", [1.0], 3])
+
+
+def spoil_one(draw: Draw, arguments: Arguments) -> Arguments:
+    """Nothing, one or two arguments changed."""
+    arguments = dict(arguments)
+    for _ in range(draw.one_of([0, 1, 1, 2])):
+        name = draw.one_of(sorted(arguments))
+        value = arguments[name]
+        if isinstance(value, tuple) and value:
+            place = draw.below(len(value))
+            arguments[name] = (
+                *value[:place],
+                spoiled(draw, "state", value[place]),
+                *value[place + 1 :],
+            )
+        else:
+            arguments[name] = spoiled(draw, name, value)
+    return arguments
+
+
+def flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for part in result for x in flat(part)]
+
+
+def alike(found: Any, wanted: Any, dtype: torch.dtype, what: str) -> None:
+    """Near enough to catch a wrong index or stride; tests/ops hold the tight limits."""
+    for a, b in zip(flat(found), flat(wanted), strict=True):
+        assert a.shape == b.shape, f"{what}: {a.shape}, not {b.shape}"
+        assert a.dtype == b.dtype, f"{what}: {a.dtype}, not {b.dtype}"
+        if a.is_meta or not a.numel():
+            continue
+        x, y = a.double(), b.double()
+        scale = y.nan_to_num(0, 0, 0).abs().max().clamp(min=1.0)
+        same = ((x - y).abs() <= LIMITS[dtype] * scale) | (x == y) | (x.isnan() & y.isnan())
+        assert bool(same.all()), f"{what}: off by {((x - y).abs() / scale).max():.3g}"
+
+
+def compare(op: str, call: Callable[[], Any], plain: Callable[[], Any], dtype: Any) -> None:
+    try:
+        found = call()
+    except (ValueError, TypeError) as error:
+        refused(error, op)
+        return
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            return
+        raise
+    alike(found, plain(), dtype if dtype in LIMITS else torch.float32, op)
+
+
+class Operators:
+    """Data: which operator, a seed for the values, sizes, then what is spoiled."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_grad_enabled(False)
+        self.calls = (
+            self.sequence, self.sequence, self.step, self.encoder, self.topk, self.dropout,
+            self.raw_sequence, self.raw_step, self.raw_encoder, self.raw_topk, self.raw_dropout,
+        )  # fmt: skip
+
+    def __call__(self, data: bytes) -> None:
+        draw = Draw(data)
+        call = draw.one_of(self.calls)
+        torch.manual_seed(draw.byte())
+        call(draw)
+
+    def problem(self, draw: Draw) -> Any:
+        B, L, H, D = draw.below(4), draw.one_of([0, 1, 2, 63, 64, 65, 130]), 1 + draw.below(3), 0
+        D = draw.one_of([2, 4, 6, 8, 10, 16, 34])
+        packed = [draw.below(70) for _ in range(B)] if draw.flag() else None
+        lengths = [draw.below(L + 1) for _ in range(B)] if not packed and draw.flag() else None
+        return make_problem(
+            B, L, H, D, draw.below(6), draw.one_of(DTYPES), gate=draw.flag(), bias=draw.flag(),
+            lengths=lengths, packed=packed, state=draw.flag(), return_final_state=draw.flag(),
+        )  # fmt: skip
+
+    def sequence(self, draw: Draw) -> None:
+        arguments = self.problem(draw).arguments()
+        name = "gated_rela"
+        if draw.byte() % 4 == 0:
+            name = "rela"
+            for unused in ("gate", "conv_weight", "conv_bias"):
+                arguments.pop(unused)
+            state = arguments["initial_state"]
+            if state is not None:
+                arguments["initial_state"] = (*state[:2], state[2][:, :0], state[3])
+        arguments = spoil_one(draw, arguments)
+        dtype = getattr(arguments["q"], "dtype", None)
+        call, plain = getattr(ops, name), getattr(reference, name)
+        compare(name, lambda: call(**arguments), lambda: plain(**arguments), dtype)
+
+    def step(self, draw: Draw) -> None:
+        arguments = spoil_one(draw, self.step_arguments(draw))
+        state = arguments["state"]
+        copies = state
+        if isinstance(state, tuple):
+            copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in state)
+        again = {**arguments, "state": copies}
+        dtype = getattr(arguments["q"], "dtype", None)
+        compare(
+            "gated_rela_step",
+            lambda: (ops.gated_rela_step(**arguments), *arguments["state"][:3]),
+            lambda: (reference.gated_rela_step(**again), *copies[:3]),
+            dtype,
+        )
+
+    def step_arguments(self, draw: Draw) -> Arguments:
+        B, H, D, W = draw.below(5), 1 + draw.below(3), draw.one_of([2, 4, 6, 8, 16, 34]), 0
+        W, dtype = draw.below(6), draw.one_of(DTYPES)
+        problem = make_problem(B, 1, H, D, W, dtype, gate=draw.flag(), bias=draw.flag())
+        acc = reference.accumulate_dtype(dtype)
+        rows = {n: getattr(problem, n) for n in ("q", "k", "v", "gate")}
+        return {
+            **{n: None if x is None else x[:, 0] for n, x in rows.items()},
+            "inv_freq": problem.inv_freq,
+            "conv_weight": problem.conv_weight,
+            "conv_bias": problem.conv_bias,
+            "state": make_state(B, H, D, max(W, 1), acc),
+            "eps": 1e-6,
+            "active": torch.rand(B) > 0.3 if draw.flag() else None,
+        }
+
+    def packed_encoder(self, draw: Draw) -> tuple[PackedEncoder, Tensor, Tensor, Tensor]:
+        H, D, M = 1 + draw.below(2), draw.one_of([2, 4, 8]), draw.one_of([1, 8, 20])
+        W, layers, gate, norm = draw.below(5), 1 + draw.below(3), draw.flag(), draw.flag()
+        dtype = draw.one_of([torch.float32, torch.float64])
+        C, B = H * D, draw.below(4)
+        layer = 4 * C + C * C * 4 + 4 * C + gate * (C * C + C) + W * C + (W > 0) * C
+        layer += 2 * C * M + M + C
+        count = layers * layer + norm * 2 * C
+        weights = torch.randn(count, dtype=torch.float64).to(dtype) * 0.3
+        packed = PackedEncoder(
+            weights, ops.inv_freq(H, D).double(), layers, M, W, gate, norm, 1e-6, 1e-6
+        )
+        rows = torch.rand(B, packed.state_size, dtype=torch.float64).to(dtype) + 1
+        x = torch.randn(B, C, dtype=torch.float64).to(dtype)
+        return packed, x, rows, torch.arange(B) + 3
+
+    def encoder(self, draw: Draw) -> None:
+        packed, x, rows, position = self.packed_encoder(draw)
+        active = torch.rand(len(x)) > 0.3 if draw.flag() else None
+        named = {"item_vectors": x, "packed_weights": packed, "state": (rows, position)}
+        arguments = spoil_one(draw, {**named, "active": active})
+        state = arguments["state"]
+        copies = state
+        if isinstance(state, tuple):
+            copies = tuple(part.clone() if isinstance(part, Tensor) else part for part in state)
+        compare(
+            "encoder_step",
+            lambda: (encoder_step(**arguments), arguments["state"][0]),
+            lambda: (reference_encoder_step(
+                arguments["item_vectors"], packed, copies, arguments["active"]), copies[0]),
+            packed.weights.dtype,
+        )  # fmt: skip
+
+    def topk_arguments(self, draw: Draw) -> Arguments:
+        B, N, width = draw.below(5), 1 + draw.one_of([0, 1, 40, 300]), 1 + draw.below(9)
+        dtype = draw.one_of([*DTYPES, torch.int8])
+        hidden = torch.float64 if dtype == torch.float64 else torch.float32
+        whole = torch.randint(-2, 3, (N, width))  # every score is exact
+        candidates = [None, torch.randint(0, N, (7,)), torch.randint(0, N, (B, 7))]
+        return {
+            "hidden": torch.randint(-2, 3, (B, width)).to(hidden),
+            "table": whole.to(dtype),
+            "k": 1 + draw.below(20),
+            "padding_idx": draw.below(N),
+            "scale": 2.0 ** torch.randint(-2, 3, (N,)) if dtype == torch.int8 else None,
+            "seen": torch.randint(0, N, (B, 5)) if draw.flag() else None,
+            "candidates": draw.one_of(candidates),
+        }
+
+    def topk(self, draw: Draw) -> None:
+        arguments = spoil_one(draw, self.topk_arguments(draw))
+        compare(
+            "topk_scores",
+            lambda: ops.topk_scores(**arguments),
+            lambda: reference_topk_scores(**arguments),
+            torch.float64,  # whole numbers: exact
+        )
+
+    def dropout_arguments(self, draw: Draw) -> Arguments:
+        shape = tuple(draw.below(7) for _ in range(draw.below(4)))
+        dtype = draw.one_of(DTYPES)
+        return {
+            "x": torch.randn(shape).to(dtype),
+            "residual": torch.randn(shape).to(dtype) if draw.flag() else None,
+            "gelu": draw.flag(),
+            "p": draw.one_of([0.0, 0.1, 0.5, 0.999]),
+            "seed": draw.one_of([0, 1, -1, 2**63 - 1]),
+        }
+
+    def dropout(self, draw: Draw) -> None:
+        arguments = spoil_one(draw, self.dropout_arguments(draw))
+        compare(
+            "activation_dropout",
+            lambda: activation_dropout(**arguments),
+            lambda: reference.activation_dropout(**arguments),
+            getattr(arguments["x"], "dtype", None),
+        )
+
+    # Raw calls, for which the public checks do not run. Torch refuses what is no tensor itself.
+
+    def raw(self, op: str, operator: Callable[..., Any], arguments: Arguments) -> None:
+        try:
+            operator(**arguments)
+        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+            # torch: no kernel for this device, the wrong kind of value; or a fake kernel, which
+            # checks nothing
+            meta = any(isinstance(x, Tensor) and x.is_meta for x in arguments.values())
+            if meta or "recgrela::" in str(error):
+                return
+            refused(error, op)
+
+    def raw_sequence(self, draw: Draw) -> None:
+        problem = self.problem(draw)
+        state = problem.initial_state or (None,) * 4
+        arguments = {n: x for n, x in problem.arguments().items() if n not in (
+            "initial_state", "causal")}  # fmt: skip
+        arguments |= dict(zip(("kv", "k_sum", "conv", "position"), state, strict=True))
+        arguments["save_for_backward"] = draw.flag()
+        self.raw("gated_rela", torch.ops.recgrela.gated_rela_forward, spoil_one(draw, arguments))
+
+    def raw_step(self, draw: Draw) -> None:
+        arguments = self.step_arguments(draw)
+        state = arguments.pop("state")
+        arguments |= dict(zip(("kv", "k_sum", "conv", "position"), state, strict=True))
+        self.raw("gated_rela_step", torch.ops.recgrela.gated_rela_step, spoil_one(draw, arguments))
+
+    def raw_encoder(self, draw: Draw) -> None:
+        p, x, rows, position = self.packed_encoder(draw)
+        arguments = {
+            "x": x, "weights": p.weights, "inv_freq": p.inv_freq, "state": rows,
+            "position": position, "active": None, "num_layers": p.num_layers,
+            "mlp_width": p.mlp_width, "conv_width": p.conv_width, "gate": p.gate,
+            "final_norm": p.final_norm, "eps": p.eps, "layer_norm_eps": p.layer_norm_eps,
+        }  # fmt: skip
+        self.raw("encoder_step", torch.ops.recgrela.encoder_step, spoil_one(draw, arguments))
+
+    def raw_topk(self, draw: Draw) -> None:
+        arguments = spoil_one(draw, self.topk_arguments(draw))
+        self.raw("topk_scores", torch.ops.recgrela.topk_scores, arguments)
+
+    def raw_dropout(self, draw: Draw) -> None:
+        arguments = spoil_one(draw, self.dropout_arguments(draw))
+        self.raw("activation_dropout", torch.ops.recgrela.activation_dropout, arguments)

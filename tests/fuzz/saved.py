@@ -1,0 +1,251 @@
+"""What was saved: states as bytes, model folders, stores, training checkpoints.
+
+Half of the inputs carry right checksums, so that what lies behind the checksums is tried as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from recgrela_ext import (
+    CheckpointError,
+    IdMap,
+    RecGRELA,
+    RecGRELAConfig,
+    SeenItems,
+    StateError,
+    UserState,
+    UserStateStore,
+)
+from recgrela_ext.model import blob as framing
+from recgrela_ext.model.persistence import weights_digest
+from recgrela_ext.model.seen import STATE_MAGIC
+from recgrela_ext.training.checkpoint import CheckpointFolder
+from tests.fuzz.draw import Draw, changed, one_line
+
+
+def small_model(**options: Any) -> RecGRELA:
+    torch.manual_seed(0)
+    sizes = {"n_items": 12, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "max_seq_len": 8}
+    return RecGRELA(RecGRELAConfig(**{**sizes, **options})).eval()
+
+
+class States:
+    """`UserState.from_bytes` and `SeenItems.from_bytes`; what they accept can be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = small_model()
+        state = self.model.prefill(torch.tensor([[1, 2, 3]]))
+        seen = SeenItems.from_lists([[1, 2, 3]])
+        formats = ("float32", "bfloat16", "float16", "int8", "float64")
+        self.blobs = [state.to_bytes(0, name, seen) for name in formats]
+        self.blobs += [state.to_bytes(0), seen.to_bytes(0)]
+
+    def __call__(self, data: bytes) -> None:
+        draw = Draw(data)
+        blob = draw.one_of(self.blobs)
+        kind = draw.below(4)
+        if kind == 0:
+            blob = draw.rest()
+        elif kind == 1:
+            blob = draw.edited(blob)
+        else:
+            magic = blob[:4] if kind == 2 else draw.one_of([STATE_MAGIC, b"RGSI"])
+            blob = framing.seal(magic, draw.edited(blob[5:-4]) if kind == 2 else draw.rest())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a state of a million events
+                state = UserState.from_bytes(blob, self.model)
+                self.model.step(torch.tensor([1]), state)
+        except StateError as error:
+            one_line(error)
+        try:
+            seen = SeenItems.from_bytes(blob)
+        except StateError as error:
+            one_line(error)
+        else:
+            seen.add([5])
+            ids = seen.ids(0)
+            assert (np.diff(ids) > 0).all()
+
+
+class Models:
+    """`RecGRELA.from_pretrained` on edited folders; what it accepts recommends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "model"
+        model = small_model()
+        model.id_map = IdMap(np.arange(3), np.arange(11), {1: "one"})
+        model.save_pretrained(self.folder)
+        self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.weights = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def __call__(self, data: bytes) -> None:
+        draw = Draw(data)
+        files = dict(self.files)
+        kind = draw.below(6)
+        if kind == 0:
+            files["config.json"] = draw.edited(files["config.json"])
+        elif kind == 1:
+            files["config.json"] = draw.rest()
+        elif kind == 2:
+            name = draw.one_of(["config.json", "id_map.json"])
+            files[name] = json.dumps(changed(draw, json.loads(files[name]))).encode()
+        elif kind == 3:
+            files["model.safetensors"] = draw.edited(files["model.safetensors"])
+        elif kind == 4:
+            files["id_map.json"] = draw.edited(files["id_map.json"])
+        else:
+            self.other_weights(draw, files)
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)
+        try:
+            model = RecGRELA.from_pretrained(self.folder)
+        except CheckpointError as error:
+            one_line(error)
+            return
+        if model.id_map is not None and model.id_map.num_items:
+            model.id_map.title(1)
+        if model.config.rows <= 1000 and model.config.max_seq_len <= 1000:
+            model.recommend(torch.tensor([[1, 1]]), k=2)
+
+    def other_weights(self, draw: Draw, files: dict[str, bytes]) -> None:
+        weights = edited_tensors(draw, self.weights)
+        files["model.safetensors"] = save(weights)
+        fields = json.loads(files["config.json"])
+        fields["weights_sha256"] = weights_digest(weights)
+        if draw.flag():
+            fields = changed(draw, fields)
+        files["config.json"] = json.dumps(fields).encode()
+
+
+class Stores:
+    """`UserStateStore.load` on edited files; what it accepts steps, evicts and is saved again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "users.safetensors"
+        self.model = small_model()
+        self.whole = []
+        for dtype in ("float32", "int8", "bfloat16"):
+            store = UserStateStore(self.model, 5, dtype, active=2)
+            store.step(np.arange(6), torch.arange(1, 7))
+            store.evict([3])
+            store.save(self.path)
+            self.whole.append(self.path.read_bytes())
+
+    def __call__(self, data: bytes) -> None:
+        draw = Draw(data)
+        whole = draw.one_of(self.whole)
+        kind = draw.below(4)
+        if kind == 0:
+            self.path.write_bytes(draw.edited(whole))
+        elif kind == 1:
+            self.path.write_bytes(draw.rest())
+        else:
+            self.rewrite(draw, whole)
+        try:
+            store = UserStateStore.load(self.path, self.model)
+        except StateError as error:
+            one_line(error)
+            return
+        users = store.users
+        assert len(store) == len(np.unique(users)) == len(users)
+        store.lookup(users)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                store.step(np.arange(100, 108), torch.ones(8, dtype=torch.int64))
+        except StateError as error:
+            one_line(error)  # a state that does not fit at rest
+        store.evict(oldest=3)
+        store.save(self.path)
+        UserStateStore.load(self.path, self.model)
+
+    def rewrite(self, draw: Draw, whole: bytes) -> None:
+        """Other tensors or facts, with checksums that fit."""
+        (size,) = struct.unpack("<Q", whole[:8])
+        header = json.loads(whole[8 : 8 + size])
+        facts = json.loads(header.pop("__metadata__")["facts"])
+        tensors = edited_tensors(draw, tensors_of(whole))
+        facts["sha256"] = {name: weights_digest({name: t}) for name, t in tensors.items()}
+        if draw.flag():
+            facts = changed(draw, facts)
+        metadata = {"kind": "recgrela_ext user states", "facts": json.dumps(facts)}
+        save_file(tensors, self.path, metadata=metadata)
+
+
+class Checkpoints:
+    """`CheckpointFolder.load_newest` on an edited checkpoint beside a whole one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = folder / "run"
+        self.checkpoints = CheckpointFolder(self.place)
+        self.tensors = {"model/a": torch.arange(6.0).view(2, 3), "model/b": torch.ones(2)}
+        self.checkpoints.save(2, self.tensors, {"position": {"step": 2}})
+        self.newest = self.place / "step-0000000002"
+        self.files = {path.name: path.read_bytes() for path in self.newest.iterdir()}
+        shutil.rmtree(self.newest)
+        self.checkpoints.save(1, self.tensors, {"position": {"step": 1}})
+        self.newest.mkdir()
+
+    def __call__(self, data: bytes) -> None:
+        draw = Draw(data)
+        files = dict(self.files)
+        kind = draw.below(4)
+        if kind == 3:
+            content = json.loads(files["state.json"])
+            content.pop("sha256")
+            content = changed(draw, content)
+            if isinstance(content, dict):
+                text = json.dumps(content, sort_keys=True).encode()
+                content["sha256"] = hashlib.sha256(text).hexdigest()
+            files["state.json"] = json.dumps(content).encode()
+        else:
+            name = draw.one_of(sorted(files))
+            files[name] = draw.rest() if kind == 0 else draw.edited(files[name])
+        for name, content in files.items():
+            (self.newest / name).write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a torn checkpoint
+            found = self.checkpoints.load_newest()
+        assert found is not None
+        assert found.step in (1, 2)
+
+
+def edited_tensors(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor gone, of another type or shape, or with other values."""
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    name = draw.one_of(sorted(tensors))
+    tensor, action = tensors[name], draw.below(5)
+    if action == 0:
+        del tensors[name]
+    elif action == 1:
+        other = (torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool)
+        tensors[name] = tensor.to(draw.one_of(other))
+    elif action == 2:
+        shape = tuple(draw.below(8) for _ in range(draw.below(4)))
+        tensors[name] = torch.ones(shape, dtype=tensor.dtype)
+    elif action == 3 and tensor.numel():
+        flat = tensor.view(-1).view(torch.uint8)
+        for _ in range(1 + draw.below(3)):
+            flat[draw.below(flat.numel())] = draw.byte()
+    else:
+        tensors[f"{name}{draw.below(3)}"] = tensor.clone()
+    return tensors
+
+
+def tensors_of(whole: bytes) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(whole)

@@ -1,0 +1,41 @@
+"""The fuzz targets by name.
+
+A target is made with an empty folder and called with bytes: it returns, or an exception says what
+it found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+CORPUS = Path(__file__).with_name("corpus")
+Target = Callable[[bytes], None]
+
+# name -> module, class; imported when asked for: each needs other packages
+TARGETS = {
+    "readers": ("readers", "Readers"),
+    "states": ("saved", "States"),
+    "models": ("saved", "Models"),
+    "stores": ("saved", "Stores"),
+    "checkpoints": ("saved", "Checkpoints"),
+    "requests": ("requests", "Requests"),
+    "operators": ("operators", "Operators"),
+}
+
+
+def make(name: str, folder: Path) -> Target:
+    module, kind = TARGETS[name]
+    target: Target = getattr(import_module(f"tests.fuzz.{module}"), kind)(folder)
+    return target
+
+
+def corpus(name: str) -> list[Path]:
+    """Inputs kept for a target: what reached new code, and every case that was found."""
+    return sorted(path for path in (CORPUS / name).glob("*") if path.is_file())
+
+
+def case_name(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]

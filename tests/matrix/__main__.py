@@ -1,0 +1,130 @@
+"""A wheel per Python, loaded on every torch, the operator suite run there.
+
+    make matrix                                     # every Python found, every torch of TORCHES
+    python -m tests.matrix --python 3.11 --torch 2.13.0     # one cell
+
+Each cell is an environment of its own under build/matrix, removed afterwards. A torch with CUDA is
+gigabytes: choose. Results: tests/trust/results/matrix.json. Also said: the newest symbol of glibc
+and of libstdc++ the library asks for, which is the oldest system it loads on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from tests.trust import records
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "matrix"
+OUT = records.FOLDER / "matrix.json"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TORCHES = ("2.11.0", "2.13.0", "newest")
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], check=True, text=True, **options)
+
+
+def find_python(version: str) -> str | None:
+    """A `python3.x` that starts, also one of pyenv."""
+    places = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
+    for name in (*map(str, places), shutil.which(f"python{version}")):
+        if name and subprocess.run([name, "-c", ""], capture_output=True).returncode == 0:
+            return name
+    return None
+
+
+def requirement(torch: str) -> str:
+    return "torch" if torch == "newest" else f"torch=={torch}"
+
+
+def environment(python: str, name: str) -> Path:
+    """An empty virtual environment; its python."""
+    folder = WORK / name
+    shutil.rmtree(folder, ignore_errors=True)
+    run(python, "-m", "venv", folder)
+    return folder / "bin" / "python"
+
+
+def build_wheel(python: Path, version: str) -> Path:
+    """For the Python of `python`, whose environment has a torch."""
+    folder = WORK / f"wheel-{version}"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = {**os.environ, "RECGRELA_CUDA": "0"}
+    run(python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT, env=settings)
+    return next(folder.glob("*.whl"))
+
+
+def newest_symbols(wheel: Path) -> dict[str, str]:
+    """By kind, the newest version the libraries of a wheel ask for."""
+    newest: dict[str, tuple[int, ...]] = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith(".so"):
+                continue
+            path = Path(archive.extract(name, WORK / "unpacked"))
+            listed = run("objdump", "-T", path, capture_output=True).stdout
+            for kind, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)\b", listed):
+                numbers = tuple(map(int, version.split(".")))
+                newest[kind] = max(newest.get(kind, ()), numbers)
+    return {kind: ".".join(map(str, numbers)) for kind, numbers in sorted(newest.items())}
+
+
+def cell(python: Path, wheel: Path, torch: str) -> dict[str, Any]:
+    """The operator suite of the checkout on the installed wheel."""
+    pip = (python, "-m", "pip", "install", "-q")
+    run(*pip, requirement(torch))
+    run(*pip, wheel, "pytest", "hypothesis", "pandas", "pyarrow")
+    told = "import torch; print(torch.__version__)"
+    version = run(python, "-c", told, capture_output=True).stdout.strip()
+    # Tests import `tests`, and the package must not come from the checkout.
+    place = WORK / "suite"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", place / "tests")
+    shutil.copy(ROOT / "pyproject.toml", place)
+    suite = subprocess.run(
+        [str(python), "-m", "pytest", "-q", "tests/ops"], cwd=place, capture_output=True, text=True
+    )
+    last = (suite.stdout.strip().splitlines() or [suite.stderr[-200:]])[-1]
+    return {"torch": version, "passed": suite.returncode == 0, "summary": last.strip("= ")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--python", action="append", help="3.11; may come several times")
+    parser.add_argument("--torch", action="append", help="2.13.0 or newest; may come several times")
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    record = records.read(OUT) if OUT.exists() else {"kind": "matrix", "cells": {}}
+    bad = 0
+    for version in options.python or PYTHONS:
+        base = find_python(version)
+        if base is None:
+            print(f"Python {version} was not found: left out")
+            continue
+        wheel: Path | None = None
+        for torch in options.torch or TORCHES:
+            python = environment(base, f"{version}-{torch}")
+            if wheel is None:  # built once a Python, against the first torch
+                run(python, "-m", "pip", "install", "-q", requirement(torch))
+                wheel = build_wheel(python, version)
+                record["symbols"] = newest_symbols(wheel)
+            found = cell(python, wheel, torch)
+            record["cells"][f"{version} {torch}"] = found
+            records.write(OUT, record)
+            print(f"Python {version}, torch {found['torch']}: {found['summary']}", flush=True)
+            bad += not found["passed"]
+            shutil.rmtree(WORK / f"{version}-{torch}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The table of docs/trust.md, from the committed results of the runs.
+
+python -m tests.trust             # writes it
+python -m tests.trust --check     # fails where the page says something else
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tests.trust import records
+
+PAGE = records.FOLDER.parents[2] / "docs" / "trust.md"
+BEGIN = "<!-- results of the runs: python -m tests.trust -->"
+END = "<!-- end of results -->"
+INPUTS = {
+    "readers": "event files in ten formats, titles beside them",
+    "states": "state and seen-item bytes",
+    "models": "model folders: config, weights, id map",
+    "stores": "saved user-state stores",
+    "checkpoints": "training checkpoints",
+    "requests": "requests to the example service",
+    "operators": "arguments of every operator, public and raw",
+}
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def fuzz_row(record: dict[str, Any]) -> tuple[str, str, str]:
+    engine = {"random": "random edits", "atheris": "coverage-guided"}[record["engine"]]
+    since = number(record["runs_since_a_finding"])
+    tried = f"{number(record['runs'])} inputs, {engine}, {number(record['seconds'])} s"
+    found = f"{len(record['findings'])} while it ran; none in the last {since}"
+    return f"fuzzing: {INPUTS[record['target']]}", tried, found
+
+
+def soak_row(record: dict[str, Any]) -> tuple[str, str, str]:
+    samples, verdict = record["samples"], record["verdict"]
+    hours = samples[-1]["seconds"] / 3600
+    tried = f"{hours:.1f} h, {samples[-1]['rounds']} rounds, {len(samples)} samples"
+    found = "; ".join(verdict["findings"]) or "flat"
+    slope = f"{verdict['rss_mib_per_hour']} MiB an hour" if "rss_mib_per_hour" in verdict else ""
+    ended = "" if record["finished"] else ", cut short"
+    return "soak: training, streaming, retrieval, saving", tried + ended, f"{found}, {slope}"
+
+
+def mutation_row(record: dict[str, Any]) -> tuple[str, str, str]:
+    share = 100 * record["killed"] / record["mutants"]
+    told = f"{record['killed']} killed ({share:.1f} %), {record['explained']} survivors explained"
+    return "mutation of csrc/cpu", f"{record['mutants']} mutants", told
+
+
+def matrix_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [
+        (f"Python {name.split()[0]}, torch {cell['torch']}", "wheel, tests/ops", cell["summary"])
+        for name, cell in record["cells"].items()
+    ]
+    symbols = record.get("symbols", {})
+    asked = ", ".join(f"{kind} {version}" for kind, version in symbols.items())
+    return [*rows, ("oldest system", "symbols of the wheel", asked)] if symbols else rows
+
+
+def other_row(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["what"], record["tried"], record["found"]
+
+
+def rows() -> list[tuple[str, str, str]]:
+    found = []
+    for path in sorted(records.FOLDER.glob("*.json")):
+        record = records.read(path)
+        kind = record["kind"]
+        if kind == "matrix":
+            found += matrix_rows(record)
+        else:
+            makers = {"fuzz": fuzz_row, "soak": soak_row, "mutation": mutation_row}
+            found.append(makers.get(kind, other_row)(record))
+    return found
+
+
+def page() -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    table = ["| what | how often | found |", "|---|---|---|"]
+    table += [f"| {' | '.join(row)} |" for row in rows()]
+    return f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return 0 if text == PAGE.read_text(encoding="utf-8") else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Results of long runs: one JSON file a run, under tests/trust/results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recgrela_ext import __version__
+
+FOLDER = Path(__file__).with_name("results")
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Replace `path` by `record` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, beside the commit it lies in."""
+    return {
+        "recgrela_ext": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }

@@ -1,0 +1,222 @@
+"""What fuzzing found, each as small as it gets; the inputs themselves are in tests/fuzz/corpus."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from recgrela_ext import (
+    CheckpointError,
+    DataError,
+    IdMap,
+    Interactions,
+    SeenItems,
+    StateError,
+    UserState,
+    UserStateStore,
+    ops,
+)
+from recgrela_ext.model import blob as framing
+from recgrela_ext.model.persistence import weights_digest
+from recgrela_ext.ops.encoder_step import encoder_step
+from recgrela_ext.training.checkpoint import CheckpointFolder
+from tests.fuzz.saved import small_model
+
+
+def test_seen_items_cut_short_behind_a_right_checksum() -> None:
+    state = small_model().init_state(1)
+    whole = state.to_bytes(0, seen=SeenItems.from_lists([[3, 5]]))
+    for body in (b"abc", (10**6).to_bytes(4, "little") + whole[9:-4]):
+        with pytest.raises(StateError, match="must be whole, got seen items that begin at byte"):
+            SeenItems.from_bytes(framing.seal(b"RGUS", body))
+    with pytest.raises(StateError, match=r"items must lie in 0\.\..*, got -1"):
+        SeenItems.from_bytes(framing.seal(b"RGSI", b"\xff" * 4))
+
+
+def test_state_headers_that_fit_and_mean_nothing() -> None:
+    model = small_model()
+    body = bytearray(model.init_state(1).to_bytes(0)[5:-4])
+    body[22:30] = (2**62).to_bytes(8, "little")  # the position
+    with pytest.raises(StateError, match="must have a header that fits this model"):
+        UserState.from_bytes(framing.seal(b"RGUS", bytes(body)), model)
+    body[22:30] = bytes(8)
+    body[5] = framing.DTYPES.index(torch.int8)  # of the hidden state
+    with pytest.raises(StateError, match=r"must hold floating hidden states, got torch\.int8"):
+        UserState.from_bytes(framing.seal(b"RGUS", bytes(body)), model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"item_ids": 3},
+        {"item_ids": [[1], [2]]},
+        {"item_ids": [1, "2"]},
+        {"item_ids": [1, 1]},
+        {"user_ids": [2**63]},
+        {"user_ids": [0.5]},
+        {"user_ids": [True]},
+        {"user_ids": [None]},
+        {"item_titles": [1, 2]},
+        {"item_titles": 7},
+    ],
+)
+def test_id_maps_of_other_things(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "id_map.json"
+    IdMap(np.arange(2), np.arange(2)).save(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+    with pytest.raises(DataError, match=r"IdMap\.load: .* must hold ids and titles"):
+        IdMap.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="must be a JSON id map"):
+        IdMap.load(path)
+
+
+def test_checkpoints_without_their_parts(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    place = folder.save(1, {"a": torch.ones(2)}, {"position": {}})
+    path = place / "state.json"
+    whole = json.loads(path.read_text())
+    for text in ("[" * 100_000, json.dumps({**whole, "state": 3})):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="must be"):
+            folder.load(1)
+    for name in ("tensors_sha256", "state"):
+        content = {key: x for key, x in whole.items() if key not in (name, "sha256")}
+        from recgrela_ext.training.checkpoint import _sha256_of_json
+
+        content["sha256"] = _sha256_of_json(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="must be whole"):
+            folder.load(1)
+
+
+def test_gzip_that_is_torn_inside(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv.gz"
+    packed = bytearray(gzip.compress(b"user,item,time\n" + b"1,2,3\n" * 500))
+    packed[12:16] = b"\xff\xff\xff\xff"
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match="must be readable"):
+        Interactions.from_file(path)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[UserStateStore, Path]:
+    store = UserStateStore(small_model(), 5, "int8", active=2)
+    store.step(np.arange(6), torch.arange(1, 7))
+    path = tmp_path / "users.safetensors"
+    store.save(path)
+    return store, path
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
+    """The file with other contents and checksums that fit; None takes a fact away."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    kept = {**load(path.read_bytes()), **tensors}
+    facts = {**json.loads(metadata["facts"]), **changes}
+    facts["sha256"] = {name: weights_digest({name: t}) for name, t in kept.items()}
+    facts = {name: x for name, x in facts.items() if x is not None}
+    save_file(kept, path, metadata={**metadata, "facts": json.dumps(facts)})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "text"),
+    [
+        ({}, {"fingerprint": None}, "must have a whole header"),
+        ({}, {"capacity": 2**61}, "must have sizes that can be made here"),
+        ({}, {"capacity": "x"}, "must have sizes that can be made here"),
+        ({}, {"dtype": "int4"}, "must have sizes that can be made here"),
+        ({"1.order": torch.tensor(3)}, {}, "must be torch.int64 of 1 dimensions"),
+        ({"1.order": torch.tensor([0, 0])}, {}, "must list slots once"),
+        ({"1.order": torch.tensor([77])}, {}, "must list slots once"),
+        ({"1.owner": torch.arange(100)}, {}, "must fit its capacity"),
+        ({"1.owner": torch.zeros(4, dtype=torch.int64)}, {}, "must be distinct users"),
+        ({"1.owner": torch.tensor([5, 1, 2, 3])}, {}, "must hold distinct users"),
+        ({"1.owner": torch.ones(4)}, {}, "must be torch.int64 of 1 dimensions"),
+        ({"1.data": torch.ones(4, 7, dtype=torch.int8)}, {}, "must have rows of this model"),
+        ({"1.position": torch.tensor([1, -1, 1, 1])}, {}, "must be at least 0"),
+        ({"seen.items": torch.tensor([9], dtype=torch.int32)}, {}, "lengths of the lists"),
+        ({"seen.users": torch.arange(50, 56)}, {}, "must be kept once"),
+        ({"seen.items": -torch.ones(6, dtype=torch.int32)}, {}, "must be ascending rows"),
+        ({"seen.items": torch.ones(0, 3, dtype=torch.int32)}, {}, "of 1 dimensions"),
+    ],
+)
+def test_stores_that_contradict_themselves(
+    saved: tuple[UserStateStore, Path], tensors: Any, changes: Any, text: str
+) -> None:
+    store, path = saved
+    rewrite(path, tensors, **changes)
+    with pytest.raises(StateError, match=re.escape(text)):
+        UserStateStore.load(path, store.model)
+
+
+def test_who_does_not_fit_at_rest_is_named() -> None:
+    model = small_model()
+    store = UserStateStore(model, 4, "float16", active=1)
+    state = model.init_state(1)
+    state.buffer.fill_(1e6)
+    store.put([77], state)
+    with pytest.raises(StateError, match=r"the state of user 77 must fit in torch\.float16"):
+        store.step([1], torch.tensor([2]))
+    store.evict([77])
+    store.step([1], torch.tensor([2]))
+
+
+SPARSE = torch.ones(2, 2).to_sparse()
+STATE = torch.ones(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: ops.topk_scores(None, STATE, 1), "topk_scores: hidden must be a tensor"),
+        (lambda: ops.topk_scores(SPARSE, SPARSE, 1), "topk_scores: hidden must be a dense tensor"),
+        (lambda: ops.topk_scores(STATE, STATE, 10**30), "topk_scores: k must be below 2**31"),
+        (lambda: ops.topk_scores(STATE, STATE, 1, None), "topk_scores: padding_idx must be an int"),
+        (lambda: ops.topk_scores(STATE, STATE, 1, 0, None, [1]), "topk_scores: seen must be a ten"),
+        (
+            lambda: ops.gated_rela(SPARSE, SPARSE, SPARSE, None, STATE, None, None),
+            "gated_rela: q must be a dense tensor, got torch.sparse_coo",
+        ),
+        (lambda: encoder_step(STATE, 3, (STATE, STATE)), "encoder_step: packed_weights must be a"),
+        (
+            lambda: encoder_step(STATE, small_model().encoder.packed_weights(), STATE),
+            "encoder_step: state must be a pair",
+        ),
+        (
+            lambda: encoder_step(None, small_model().encoder.packed_weights(), (STATE, STATE)),
+            "encoder_step: item_vectors must be a tensor",
+        ),
+        (
+            lambda: encoder_step(STATE, small_model().encoder.packed_weights(), (0.5, STATE)),
+            "encoder_step: item_vectors must have shape",
+        ),
+    ],
+)
+def test_arguments_that_are_no_dense_tensors(call: Any, text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(text)}"):
+        call()
+
+
+def test_flags_that_are_no_flags() -> None:
+    x = torch.ones(1, 1, 1, 2)
+    with pytest.raises(TypeError, match="rela: return_final_state must be True or False, got Tens"):
+        ops.rela(x, x, x, torch.ones(1, 1), return_final_state=torch.ones(2))  # type: ignore
+
+
+def test_eps_too_large_for_torch() -> None:
+    x = torch.ones(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="rela: eps must be a finite number"):
+        ops.rela(x, x, x, torch.ones(1, 1), eps=10**30)

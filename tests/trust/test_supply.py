@@ -1,0 +1,83 @@
+"""What is loaded is never a pickle, and what CI installs is pinned."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recgrela_ext import RecGRELA, SeenItems, UserState, UserStateStore
+from recgrela_ext.training.checkpoint import CheckpointFolder
+from tests.fuzz.saved import small_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def calls_of(path: Path) -> list[tuple[str, ast.AST]]:
+    """Names of imported modules, and dotted names of calls."""
+    found: list[tuple[str, ast.AST]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.partition(".")[0], node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module.partition(".")[0], node))
+        elif isinstance(node, ast.Call):
+            found.append((ast.unparse(node.func), node))
+    return found
+
+
+def test_no_source_unpickles() -> None:
+    for folder in ("recgrela_ext", "python_examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name, node in calls_of(path):
+                assert name not in PICKLES, f"{path}:{node.lineno}"  # type: ignore[attr-defined]
+                if name in ("torch.load", "np.load", "numpy.load"):
+                    text = ast.unparse(node)
+                    safe = "weights_only=True" in text or "allow_pickle=False" in text
+                    assert safe, f"{path}: {text}"
+
+
+def test_loading_reaches_no_unpickler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path / "model")
+    store = UserStateStore(model, 3)
+    store.step([1], torch.tensor([2]))
+    store.save(tmp_path / "users")
+    folder = CheckpointFolder(tmp_path / "run")
+    folder.save(1, {"a": torch.ones(2)}, {})
+    blob = model.init_state(1).to_bytes(0, seen=SeenItems(1))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("something is unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(np, "load", refuse)
+    RecGRELA.from_pretrained(tmp_path / "model")
+    UserStateStore.load(tmp_path / "users", model)
+    assert folder.load_newest() is not None
+    UserState.from_bytes(blob, model)
+    SeenItems.from_bytes(blob)
+
+
+def test_pinned_tools_carry_hashes() -> None:
+    """ci-constraints.txt: an exact version and at least one hash a package."""
+    text = (ROOT / "ci-constraints.txt").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) >= 5
+    for line in lines:
+        assert re.match(
+            r"^[A-Za-z0-9._-]+==[^ ;]+( ;[^-]*)?( +--hash=sha256:[0-9a-f]{64})+ *$", line
+        ), line
+    pinned = {line.partition("==")[0].lower() for line in lines}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    exact = re.findall(r'"([a-z-]+)==[0-9.]+"', project.partition("dev = [")[2].partition("]\n")[0])
+    assert set(exact) <= pinned
