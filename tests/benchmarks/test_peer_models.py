@@ -3,6 +3,8 @@ steps give what their full passes give."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,6 +14,12 @@ from recgrela_ext import RecGRELA, RecGRELAConfig
 from tests.tolerance import assert_same_history
 
 N_ITEMS = 50
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(params=list(PEERS))
@@ -87,7 +95,6 @@ def test_parameters_are_equal_to_two_per_cent(peer) -> None:
 def test_the_cache_of_sasrec_is_a_key_and_a_value_per_item() -> None:
     state = SASRec(PeerConfig(N_ITEMS, max_seq_len=30)).start(2, 30)
     assert state.nbytes == 2 * 30 * 4 * 2 * 64 * 4
-    assert state.per_item
 
 
 def test_the_recurrence_is_the_one_written_down() -> None:
