@@ -11,19 +11,22 @@ the same. "quality" takes NDCG@10 from the runs of memory_quality.py.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import forgetting, machine, memory_point, memory_quality, peers
+from benchmarks.memory_models import CANDIDATES
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -42,7 +45,6 @@ Point = dict[str, Any]
 
 def points(part: str, quick: bool = False) -> Iterator[Point]:
     """The grid of one part, models next to each other, so that they are measured near in time."""
-    from benchmarks.memory_models import CANDIDATES
 
     def at(kind: str, model: str, length: int = 200, items: int = 10_000, batch: int = 1) -> Point:
         return {"part": part, "kind": kind, "model": model, "length": length, "items": items,
@@ -73,7 +75,9 @@ def points(part: str, quick: bool = False) -> Iterator[Point]:
     if part == "latency":
         return
     for batch in (256, 4096):
-        yield from (at("ranking", m, items=1_000_000, batch=batch) for m in ("sasrec-cache", "ours"))
+        yield from (
+            at("ranking", m, items=1_000_000, batch=batch) for m in ("sasrec-cache", "ours")
+        )
     for length in (200, 10_000, 100_000, 1_000_000):
         yield from (at("history", name, length) for name in ("sasrec-whole", *steps))
     for items in CATALOGUES:
@@ -115,6 +119,8 @@ def run(options: argparse.Namespace) -> int:
     results = Results(path, options.quick, options.fresh)
     if "quality" in parts and options.work:
         results.content["quality"] = quality(options.work)
+        if "missing" not in results.content["quality"][memory_quality.OURS]:
+            results.content["forgetting"] = forgetting.measure(options.work)
         results.save()
     measure(grid, results, options.seconds)
     return 0
@@ -122,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(grid: list[Point], results: Results, seconds: float | None) -> None:
     """Runs the points that `results` lacks; with a bar."""
+    tqdm.monitor_interval = 0  # a thread would not survive the forks
+    torch.set_num_threads(1)
     end = None if seconds is None else time.monotonic() + seconds
     todo = [p for p in grid if not results.has(p)]
     effort = {"rounds": 3, "sample": 0.001} if results.quick else {"rounds": 15, "sample": 0.02}
@@ -138,25 +146,31 @@ def measure(grid: list[Point], results: Results, seconds: float | None) -> None:
 
 
 def _measure(point: Point, effort: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own, forked from this one, which has imported everything and computed
+    nothing: torch need not be loaded for every point."""
     limit = LIMIT_SECONDS[point["part"]]
-    text = json.dumps({**point, **effort, "limit_bytes": LIMIT_BYTES})
-    command = [sys.executable, "-m", "benchmarks.memory_point", text]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe(duplex=False)
+    whole = {**point, **effort, "limit_bytes": LIMIT_BYTES}
+    process = context.Process(target=memory_point.main, args=(whole, here))
+    process.start()
+    here.close()
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT,
-                                timeout=limit, env=environment)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"missing": f"more than {limit} s"}
-    except subprocess.CalledProcessError as error:
-        if error.returncode == -9:
-            return {"missing": "killed by the system, out of memory"}
-        raise SystemExit(f"benchmarks memory: {name_of(point)}: {error.stderr[-2000:]}") from None
-    return dict(json.loads(answer.stdout))
+        found = dict(there.recv()) if there.poll(limit) else {"missing": f"more than {limit} s"}
+    except EOFError:
+        found = {"missing": "the process was killed: no memory left"}
+    finally:
+        process.kill()
+        process.join()
+        there.close()
+    if "error" in found:
+        raise SystemExit(f"benchmarks memory: {name_of(point)}: {found['error']}")
+    return found
 
 
 class Results:
     """The file: {benchmark, schema, command, machine, limits, quick, points: {name: {point, key,
-    date, commit, found}}, quality}; written whole after every point."""
+    date, commit, found}}, quality, forgetting}; written whole after every point."""
 
     def __init__(self, path: Path | None, quick: bool, fresh: bool) -> None:
         self.path, self.quick = path, quick
@@ -176,6 +190,7 @@ class Results:
             "limits": {"bytes": LIMIT_BYTES, "seconds": LIMIT_SECONDS},
             "points": kept,
             "quality": old.get("quality", {}),
+            "forgetting": old.get("forgetting", {}),
         }
 
     def has(self, point: Point) -> bool:
@@ -211,20 +226,23 @@ class Results:
 
 
 def source_key() -> str:
-    """Of what is measured: our library and package, the peers, and the code of a point."""
-    import torch
-
+    """Of what is measured: our library and package, the peers, and the code of a point, comments
+    and docstrings apart."""
     digest = hashlib.sha256(f"{torch.__version__} {machine.library_hash()}".encode())
     own = sorted((ROOT / "recgrela_ext").rglob("*.py"))
     for path in [*own, *(ROOT / "benchmarks" / name for name in SOURCES)]:
-        digest.update(path.read_bytes())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body[0] = ast.Pass()  # type: ignore[attr-defined]
+        digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
 
 
 def quality(work: Path) -> dict[str, Any]:
     """NDCG@10 of the runs that are done; why not, for the others."""
-    from benchmarks import memory_quality, peers
-
     found: dict[str, Any] = {}
     for name in memory_quality.MODELS:
         try:

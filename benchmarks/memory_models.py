@@ -77,7 +77,7 @@ def stored_bytes(candidate: Candidate, length: int) -> dict[str, int]:
 
 
 def event(candidate: Candidate, model: Any, length: int, users: int) -> EventWork:
-    """What happens when item number `length` of `users` users arrives, all that is kept being there.
+    """What happens when item number `length` of each user arrives, all that is kept being there.
 
     What is kept is filled without reading the whole history where only its size matters.
     """

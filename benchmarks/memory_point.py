@@ -1,18 +1,15 @@
 """One point of `python -m benchmarks memory`, in a process of its own.
 
-    python -m benchmarks.memory_point '{"part": "memory", "kind": "event", "model": "ours", ...}'
-
-prints what was measured as JSON, or {"missing": why not}. Memory is the growth of this process's
-resident memory, at its highest, from the moment the weights are there and a short history was
-read. Time is processor time of the one thread. float32, one thread, float32 everywhere.
+Memory is the growth of this process's resident memory, at its highest, from the moment the weights
+are there and a short history was read. Time is processor time of its one thread. All is float32
+but where a format is named.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import resource
-import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,21 +30,21 @@ USERS, MEAN, MOST = 128, 100, 200  # of the rebuild: users, mean and largest len
 LOSS_ROWS = 512
 
 
-def main(arguments: list[str]) -> None:
-    point = json.loads(arguments[0])
+def main(point: dict[str, Any], answer: Any) -> None:
+    """Sends down the pipe what was measured, {"missing": why it cannot be}, or {"error": ...}."""
     warnings.simplefilter("ignore")  # a million events: the point is to go there
     limit = point["limit_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    torch.set_num_threads(1)
     try:
         with torch.set_grad_enabled(point["kind"] == "loss"):
-            print(json.dumps(KINDS[point["kind"]](point)))
+            found = KINDS[point["kind"]](point)
     except peers.Missing as missing:
-        print(json.dumps({"missing": str(missing)}))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        print(json.dumps({"missing": f"more than {limit / 2**30:.0f} GiB of memory"}))
+        found = {"missing": str(missing)}
+    except Exception as error:
+        found = {"error": traceback.format_exc()}
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            found = {"missing": f"more than {limit / 2**30:.0f} GiB of memory"}
+    answer.send(found)
 
 
 def one_event(point: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +172,3 @@ def _status(field: str) -> int:
     """Bytes; of this program alone, ru_maxrss would include its parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -2,10 +2,10 @@
 
 Leave-one-out, ties in time in hashed order; width 64, equal parameters, softmax over all items at
 every position, dropout 0.2, AdamW on 1,000 targets a step, ten epochs, the rate falling linearly
-over the second half, the best of five evaluations by validation NDCG@10. The rate is chosen from `RATES`
-on validation with seed 0; the other seeds use it. `LIMITS`: two models take so long that they get
-less. Ours is also evaluated as it is served: from states that followed every event, the last
-conversion to a format at rest just before the last event.
+over the second half, the best of five evaluations by validation NDCG@10. The rate is chosen from
+`RATES` on validation with seed 0; the other seeds use it. `LIMITS`: two models take so long that
+they get less. Ours is also evaluated as it is served: from states that followed every event, the
+last conversion to a format at rest just before the last event.
 
     python -m benchmarks.memory_quality --work DIR     # trains what DIR lacks
 

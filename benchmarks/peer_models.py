@@ -1,19 +1,19 @@
-"""Causal sequential recommenders to compare with, in plain torch, with a step as good as we can make it.
+"""Causal sequential recommenders to compare with, in plain torch, their steps written with care.
 
 Each has the item table and the tied scores of ours, width 64, and as many parameters beside the
-tables as four layers of ours (217,856 + 128; to two per cent, tests/benchmarks/test_peer_models.py):
+tables as four layers of ours (217,984, to two per cent):
 
-    SASRec    arXiv 1808.09781: learned positions, causal softmax attention; its pointwise layers are
-              288 wide instead of 64 for equal parameters
+    SASRec    arXiv 1808.09781: learned positions, causal softmax attention; its pointwise layers
+              are 288 wide instead of 64 for equal parameters
     GRU4Rec   arXiv 1511.06939 with this loss: one GRU of 228, projected to 64
     LRURec    after arXiv 2310.02367: a diagonal complex linear recurrence of 80 per layer, then
               pointwise layers
     Mamba     the block of the package mambapy with pointwise layers after it, as arXiv 2403.03900
 
 Facts are from the papers, no code is. `encode`, `forward`, `loss` and `config` are what
-`recgrela_ext.fit` and `evaluate` ask for. `start`, `read` and `step` stream, under no_grad: the users
-of a state have all read equally many items, which saves masks, and the state holds the weights as
-plain tensors, which saves the modules.
+`recgrela_ext.fit` and `evaluate` ask for. `start`, `read` and `step` stream, under no_grad: the
+users of a state have all read equally many items, which saves masks, and the state holds the
+weights as plain tensors, which saves the modules.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ class LinearRecurrence(nn.Module):
 
 
 class Mamba(Peer):
-    """Three of the package's blocks (d_state 16, expansion 2, convolution 4), pointwise after each."""
+    """Three of the package's blocks (d_state 16, expansion 2), pointwise layers after each."""
 
     def __init__(self, config: PeerConfig, layers: int = 3, inner: int = 304) -> None:
         super().__init__(config)

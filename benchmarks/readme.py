@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import quality_tables, speed_tables
+from benchmarks import memory_tables, quality_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMAND = "python -m benchmarks readme"
-SECTIONS = ("results", "speed on a CPU", "speed on a GPU")
+SECTIONS = ("memory", "results", "speed on a CPU", "speed on a GPU")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,8 @@ def markers(name: str) -> tuple[str, str]:
 def text_of(name: str, folder: Path) -> str:
     if name == "results":
         return quality_tables.section(quality_tables.load_results(folder))
+    if name == "memory":
+        return memory_tables.section(folder)
     device = "cpu" if name.endswith("CPU") else "cuda"
     return speed_tables.section(speed_tables.load_results(folder, device), device)
 
