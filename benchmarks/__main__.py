@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import quality, readme
+from benchmarks import memory, memory_plots, quality, readme
 from benchmarks.records import Record
 
 HELP = """Speed and memory of recgrela_ext beside what else there is.
@@ -23,7 +23,11 @@ HELP = """Speed and memory of recgrela_ext beside what else there is.
     python -m benchmarks cpu --only operator     the rows whose names begin so
     python -m benchmarks cuda                    the GPU's rows; writes results/<gpu>.json
     python -m benchmarks cuda --dry-run          all of them on the CPU: checks the benchmark alone
-    python -m benchmarks memory                  peak memory of loading ten million events
+    python -m benchmarks memory                  bytes, peak memory and latency of a new event, ours
+                                                 and peers; writes results/memory.json
+    python -m benchmarks memory --part latency   its times alone: they need a quiet machine
+    python -m benchmarks plots                   README's pictures, from results/memory.json
+    python -m benchmarks data-memory             peak memory of loading ten million events
     python -m benchmarks quality                 a queue of training runs, ranked on one test
     python -m benchmarks readme                  README's tables, from the results files
 
@@ -48,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(required=True, metavar="cpu | cuda | memory | quality | readme")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     cpu = commands.add_parser("cpu", help="kernels, training step and serving on the processor")
     _row_options(cpu)
     cpu.add_argument(
@@ -64,10 +68,12 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="tiny shapes on the CPU; says nothing about a GPU"
     )
     cuda.set_defaults(run=_cuda)
-    memory = commands.add_parser("memory", help="loading and splitting ten million events")
-    memory.add_argument("--events", type=int, default=10_000_000)
-    memory.add_argument("--out", type=Path, default=readme.RESULTS / "data-memory.json")
-    memory.set_defaults(run=_memory)
+    memory.add_options(commands.add_parser("memory", help="what a new event costs and keeps"))
+    memory_plots.add_options(commands.add_parser("plots", help="README's pictures of it"))
+    loading = commands.add_parser("data-memory", help="loading and splitting ten million events")
+    loading.add_argument("--events", type=int, default=10_000_000)
+    loading.add_argument("--out", type=Path, default=readme.RESULTS / "data-memory.json")
+    loading.set_defaults(run=_data_memory)
     runs = commands.add_parser(
         "quality",
         help="train and rank what a queue lacks",
@@ -195,7 +201,7 @@ def _measure(
     return code
 
 
-def _memory(options: argparse.Namespace) -> int:
+def _data_memory(options: argparse.Namespace) -> int:
     from benchmarks import data_memory
 
     data_memory.run(options.events, options.out)

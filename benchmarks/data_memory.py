@@ -1,6 +1,6 @@
 """Peak memory and time of loading and splitting ten million made-up events.
 
-    python -m benchmarks memory                 # writes benchmarks/results/data-memory.json
+    python -m benchmarks data-memory            # writes benchmarks/results/data-memory.json
 
 Two sources: numpy columns in memory, and a CSV file. Each is measured in a process of its own, as
 the growth of its peak resident memory from before the load to after the leave-one-out split, over

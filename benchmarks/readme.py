@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import quality_tables, speed_tables, stack_tables
+from benchmarks import memory_tables, quality_tables, speed_tables, stack_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,6 +19,7 @@ def _speed(device: str) -> Callable[[Path], str]:
 
 # The text between a section's markers, from the folder of results.
 SECTIONS: dict[str, Callable[[Path], str]] = {
+    "memory": memory_tables.section,
     "stacks": lambda folder: stack_tables.section(stack_tables.load_results(folder)),
     "results": lambda folder: quality_tables.section(quality_tables.load_results(folder)),
     "speed on a CPU": _speed("cpu"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,9 @@ from .. import ops
 
 if TYPE_CHECKING:
     from .encoder import GRELAEncoder
+
+
+_VERSION = attrgetter("_version")
 
 
 def can_pack(encoder: GRELAEncoder) -> bool:
@@ -87,21 +92,21 @@ def version_of(x: Tensor) -> int:
 class PackedCache:
     """The packed weights of one encoder, made again when a parameter or module was changed.
 
-    Asking costs microseconds: the modules are listed once, what they hold is looked at each time.
+    It is asked at every event: the modules and parameters are listed once, and then compared by
+    functions that need no bytecode per parameter.
     """
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []  # kept alive, so that no id comes back
-        self._parameters: list[dict[str, Any]] = []
-        self._children: list[dict[str, Any]] = []
+        self._held: list[dict[str, Any]] = []  # parameters and children of all modules
         self._hooks: list[dict[int, Any]] = []
+        self._tensors: list[Tensor] = []
         self._key: tuple[Any, ...] | None = None
         self._packed: ops.PackedEncoder | None = None
 
     def get(self, encoder: GRELAEncoder) -> ops.PackedEncoder | None:
         """None where the encoder's configuration has no fused step."""
-        key = self._look()
-        if key != self._key or self._key is None:
+        if self._key is None or self._look() != self._key:
             self._list(encoder)
             self._packed = pack(encoder) if can_pack(encoder) else None
             self._key = self._look()
@@ -109,19 +114,20 @@ class PackedCache:
 
     def _list(self, encoder: GRELAEncoder) -> None:
         modules = self._modules = list(encoder.modules())
-        self._parameters = [m._parameters for m in modules if m._parameters]
-        self._children = [m._modules for m in modules if m._modules]
+        held = [kind for m in modules for kind in (m._parameters, m._modules)]
+        self._held = [kind for kind in held if kind]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._tensors = [p for m in modules for p in m._parameters.values() if p is not None]
 
     def _look(self) -> tuple[Any, ...]:
-        parameters = [
-            (id(p), p.data_ptr(), version_of(p))
-            for held in self._parameters
-            for p in held.values()
-            if p is not None
-        ]
-        children = [id(child) for held in self._children for child in held.values()]
-        return parameters, children, any(self._hooks)
+        """Equal as long as nothing was changed; a version never falls, so their sum tells."""
+        places = list(map(Tensor.data_ptr, self._tensors))  # `p.data = x` changes nothing else
+        try:
+            versions = sum(map(_VERSION, self._tensors))
+        except RuntimeError:  # an inference tensor is among them, which does not count
+            versions = sum(map(version_of, self._tensors))
+        held = list(map(id, chain.from_iterable(map(dict.values, self._held))))
+        return places, versions, held, any(self._hooks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
         return PackedCache()

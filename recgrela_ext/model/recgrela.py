@@ -359,7 +359,6 @@ class RecGRELA(nn.Module):
         """
         return streaming.prefill_packed(self, item_ids, cu_seqlens, chunk_size, state)
 
-    @torch.no_grad()
     def step(self, items: Tensor, state: UserState) -> Tensor:
         """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
 
@@ -370,7 +369,10 @@ class RecGRELA(nn.Module):
             ValueError, TypeError: wrong shape or type, an id that is no row of the item table, a
                 state of another batch size or model.
         """
-        return streaming.step(self, items, state)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return streaming.step(self, items, state)
+        return streaming.step(self, items, state)  # a service has switched gradients off for good
 
     @torch.no_grad()
     def recommend_from_state(

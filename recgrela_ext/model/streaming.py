@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .. import ops
+from ..ops.encoder_step import encoder_step_unchecked
 from . import inputs, persistence
 from .state import StateLayout, UserState
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _FUSED_USERS = 64  # above it the layers' matrix products are faster
 _ROWS = 1 << 14  # packed rows at once
+_NOTHING = nullcontext()
 
 
 # Models of which calls that began in training mode have not ended, and how many.
@@ -71,9 +73,11 @@ def init_state(model: RecGRELA, batch_size: int) -> UserState:
 def check_state(model: RecGRELA, caller: str, state: UserState, users: int | None = None) -> None:
     if not isinstance(state, UserState):
         raise TypeError(f"{caller}: state must be a UserState, got {type(state).__name__}")
-    if state.layout != layout(model):
-        raise ValueError(f"{caller}: state must have the sizes of this model, got {state.layout}")
-    if not persistence.last_fingerprint_is(model, state.fingerprint):
+    if not persistence.last_fingerprint_is(model, state.fingerprint):  # equal: so are the sizes
+        if state.layout != layout(model):
+            raise ValueError(
+                f"{caller}: state must have the sizes of this model, got {state.layout}"
+            )
         raise ValueError(
             f"{caller}: state must come from this model, got one of other weights or another "
             "configuration"
@@ -196,8 +200,35 @@ def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | 
     if fused and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         packed = model.encoder.packed_weights()
         if packed is not None:
-            return ops.encoder_step(x, packed, (state.buffer, state.position), active)
+            return encoder_step_unchecked(x, packed, (state.buffer, state.position), active)
     return model.encoder.step(x, state.layers, active)
+
+
+def _active(model: RecGRELA, caller: str, items: Tensor) -> Tensor | None:
+    """Which users get a real item; None where all are known to. Wrong ids are refused."""
+    config = model.config
+    if items.shape[0] <= _FUSED_USERS and inputs.values_are_checked(items):
+        rows = items.tolist()  # for few users a list is looked at sooner than a tensor
+        if rows and min(rows) >= 0 and max(rows) < config.rows:
+            return items != config.padding_idx if config.padding_idx in rows else None
+    inputs.check_ids(caller, "items", config, items)
+    real = items != config.padding_idx
+    everyone = inputs.values_are_checked(items) and bool(real.all())
+    return None if everyone else real
+
+
+def _embed_event(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
+    """As `model._embed` in evaluation; without the modules' calls, which cost as much as their
+    work, unless something was put in their place or hooked to them."""
+    table, norm = model.item_embedding, model.input_norm
+    plain = type(table) is nn.Embedding and type(norm) is nn.LayerNorm
+    hooked = any((table._forward_hooks, table._forward_pre_hooks, norm._forward_hooks,
+                  norm._forward_pre_hooks))  # fmt: skip
+    if not plain or hooked or table.max_norm is not None or model.config.position != "none":
+        positions = None if model.config.position == "none" else state.position
+        return model._embed(items, positions)
+    x = table.weight.index_select(0, items)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
@@ -207,13 +238,9 @@ def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
     if items.dim() != 1:
         raise ValueError(f"{caller}: items must be [B], got {list(items.shape)}")
     check_state(model, caller, state, items.shape[0])
-    inputs.check_ids(caller, "items", config, items)
-    real = items != config.padding_idx
-    everyone = inputs.values_are_checked(items) and bool(real.all())
-    active = None if everyone else real
-    positions = None if config.position == "none" else state.position
-    with evaluating(model):
-        hidden = _encode_step(model, model._embed(items, positions), state, active)
+    active = _active(model, caller, items)
+    with evaluating(model) if model.training else _NOTHING:
+        hidden = _encode_step(model, _embed_event(model, items, state), state, active)
     if active is not None:
         # The user's own row is kept as it is: a cast to the model's dtype and back would round it.
         kept = torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden)

@@ -144,11 +144,21 @@ def encoder_step(
             "encoder_step: inputs must not require a gradient, the state is updated in place; "
             "call it under torch.no_grad()"
         )
-    p = packed_weights
+    return encoder_step_unchecked(item_vectors, packed_weights, state, active)
+
+
+def encoder_step_unchecked(
+    item_vectors: Tensor,
+    packed_weights: PackedEncoder,
+    state: tuple[Tensor, Tensor],
+    active: Tensor | None = None,
+) -> Tensor:
+    """`encoder_step` for a caller who has checked the arguments and switched gradients off."""
+    p, (rows, position) = packed_weights, state
     kernel = item_vectors.device.type in _library.KERNEL_DEVICES and not item_vectors.is_cuda
     if not kernel or forward_mode():
         return reference_encoder_step(item_vectors, packed_weights, state, active)
-    out = _library.call(
+    out: Tensor = _library.call(
         torch.ops.recgrela.encoder_step, item_vectors, p.weights, p.inv_freq, rows, position,
         active, p.num_layers, p.mlp_width, p.conv_width, p.gate, p.final_norm, p.eps,
         p.layer_norm_eps)  # fmt: skip
