@@ -5,6 +5,8 @@
 
 #include "harness.h"
 
+bool tensor_core_twins_hold();  // test_tensor_core.cpp
+
 namespace {
 
 using namespace harness;
@@ -289,6 +291,53 @@ std::string text_of(const Case& c) {
   return text;
 }
 
+// Two-byte rows of head dim 64 and 128. The short list holds one of every kind.
+std::vector<Case> tensor_core_cases(bool all) {
+  std::vector<Case> list;
+  const auto add = [&](bool always, DType dtype, int64_t D, Layout layout,
+                       std::vector<int64_t> lengths, bool states, int64_t gap) {
+    Case c;
+    c.dtype = dtype;
+    c.D = D;
+    c.H = 1;
+    c.layout = layout;
+    c.lengths = std::move(lengths);
+    c.initial = c.final = c.grad_final = states;
+    c.position = 1000003;
+    c.gap = gap;
+    if (all || always) list.push_back(c);
+  };
+  using L = Layout;
+  constexpr DType bf = DType::kBFloat16, half = DType::kHalf;
+  add(true, bf, 64, L::kPacked, {33, 0, 2, 65}, true, 0);
+  add(true, half, 64, L::kPadded, {3, 40, 0}, false, 8);
+  add(true, bf, 128, L::kPadded, {35, 0, 1}, true, 1);  // not aligned
+  add(true, half, 128, L::kWhole, {34}, false, 0);
+  add(true, bf, 64, L::kPacked, {3, 600}, true, 0);  // segments
+  for (int64_t length : {1, 2, 63, 64, 65, 200}) {
+    for (int64_t D : {64, 128}) {
+      if (D == 128 && length == 200) continue;
+      add(false, bf, D, L::kWhole, {length}, false, 0);
+      add(false, half, D, L::kWhole, {length}, false, 0);
+    }
+  }
+  for (int64_t D : {64, 128}) {
+    add(false, half, D, L::kPacked, {4, 0, 0, 11, 1, 67}, true, 0);
+    add(false, half, D, L::kPadded, {5, 0, 66}, true, 1);
+    add(false, half, D, L::kPacked, {3, 600}, true, 8);
+  }
+  for (int64_t W : {1, 2, 3}) {
+    add(false, bf, 64, L::kPacked, {4, 0, 35}, true, 0);
+    if (all) list.back().W = W, list.back().bias = false;
+  }
+  for (bool conv : {false, true}) {
+    add(false, bf, 64, L::kWhole, {36, 36}, false, 0);
+    if (all) list.back().conv = conv, list.back().gate = false;
+  }
+  if (all) list.back().H = 3;
+  return list;
+}
+
 std::vector<Case> cases(bool all) {
   std::vector<Case> list;
   const auto add = [&](Case c) {
@@ -355,6 +404,7 @@ std::vector<Case> cases(bool all) {
     c.final = c.initial = c.grad_final = true;
     if (all || D == 16) add(c);
   }
+  for (const Case& c : tensor_core_cases(all)) add(c);
   return list;
 }
 
@@ -367,6 +417,7 @@ int main(int argc, char** argv) {
   verbose = !only.empty();
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   check_reference();
+  expect(tensor_core_twins_hold(), "tensor core", "the twins hold", 0);
   const unsigned seeds = all ? 8 : 1;
   for (unsigned order = 0; order < 2 + seeds; ++order) {
     shim::set_order(order == 0   ? shim::Order::kForward
