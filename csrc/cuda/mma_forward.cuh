@@ -37,21 +37,22 @@ struct MmaForward {
   Rows_ raw_q, raw_k, raw_v, q_high, q_low, k_high, k_low, v_high, v_low;
   Square score_high, score_low;
   float *totals, *z, *scales, *conv;  // [warps, D], [D], [kStep], [5, D]: four taps and the bias
-  Rotation<E> rotation;
+  Turn* turns;  // [D / 2]
   RunningFragments<Tile> sum;
 
   static constexpr int shared_bytes() {
     return Rows_::bytes(6 * kStep + 2 * (kStep + kPast) + (Tile::exact_values ? 0 : 2 * kStep)) +
-           Square::bytes(2 * kStep) + (Tile::warps * D + D + kStep + 5 * D) * int(sizeof(float));
+           Square::bytes(2 * kStep) + (Tile::warps * D + D + kStep + 5 * D) * int(sizeof(float)) +
+           D / 2 * int(sizeof(Turn));
   }
 
   RECGRELA_DEVICE explicit MmaForward(const MmaForwardArgs& a)
       : args(a),
         p(a.p),
         segment(int64_t(blockIdx.x) % a.segments),
-        u(unit_of(p, int64_t(blockIdx.x) / a.segments, segment, a.segments)),
-        rotation(p.inv_freq + u.h * (D / 2) + tile.channel / 2) {
+        u(unit_of(p, int64_t(blockIdx.x) / a.segments, segment, a.segments)) {
     Arena arena{shared_memory()};
+    turns = arena.take<Turn>(D / 2 * int(sizeof(Turn)));
     const auto rows = [&](int count) { return Rows_{arena.take<uint16_t>(Rows_::bytes(count))}; };
     raw_q = rows(kStep);
     raw_k = rows(kStep);
@@ -78,6 +79,7 @@ struct MmaForward {
   // What comes before the segment, and the convolution.
   RECGRELA_DEVICE void start() {
     sum.clear();
+    fill_turns(tile, p.inv_freq + u.h * (D / 2), turns);
     const int d = tile.thread;  // of z and of the convolution
     if (d < D) z[d] = 0.0f;
     if (!kSums && p.initial.kv) {
@@ -127,16 +129,14 @@ struct MmaForward {
   RECGRELA_DEVICE void map_items(int64_t t0, int buffer, float (&phi_q)[own_items][E],
                                  float (&den)[own_items]) {
     float local[E] = {};
+    const int first = tile.warp * own_items;
+    Rotation<E> rotation = rotation_at(tile, turns, u.position + t0 + first);
 #pragma unroll
     for (int j = 0; j < own_items; ++j) {
-      const int i = tile.warp * own_items + j;
+      const int i = first + j;
       const bool there = t0 + i < u.end;
       float phi_k[E], turned[E];
-      if (j == 0) {
-        rotation.set(u.position + t0 + i);
-      } else {
-        rotation.advance();
-      }
+      if (j > 0) rotation.advance();
       map_row<S, E>(own_row(tile, raw_k, i), there, phi_k);
       rotation.turn(phi_k, turned);
       store_split(tile, turned, i, k_high, k_low);
@@ -208,9 +208,19 @@ struct MmaForward {
       }
     }
   }
+  RECGRELA_DEVICE void load_values(int buffer, ValueFragments<Tile>& high,
+                                   ValueFragments<Tile>& low) const {
+    if constexpr (Tile::exact_values) {
+      high.load(tile, values_of(buffer), kPast);
+    } else {
+      high.load(tile, v_high, 0);
+      low.load(tile, v_low, 0);
+    }
+  }
   // num += scores V.
-  RECGRELA_DEVICE void read_step(const ValueFragments<Tile>& high, const ValueFragments<Tile>& low,
-                                 FragmentC (&num)[Tile::row_tiles][2]) const {
+  RECGRELA_DEVICE void read_step(int buffer, FragmentC (&num)[Tile::row_tiles][2]) const {
+    ValueFragments<Tile> high, low;
+    load_values(buffer, high, low);
 #pragma unroll
     for (int m = 0; m < Tile::row_tiles; ++m) {
 #pragma unroll
@@ -288,6 +298,7 @@ struct MmaForward {
           }
           S* to = row_at<S>(p.out, u.span, t0 + i, u.h) + channel;
           store_pack<S, 2>(y, to, args.aligned_pairs);
+          keep_order();
         }
       }
     }
@@ -304,23 +315,20 @@ struct MmaForward {
     FragmentC num[Tile::row_tiles][2] = {};
     Gates gates;
     if (!kSums) {
-      if (p.gate.data) load_gates(t0, gates);
       normalise(t0, phi_q, den);
       causal_scores(tile, q_high, q_low, k_high, k_low, score_high, score_low);
       read_state(num);
+      if (p.gate.data) load_gates(t0, gates);
       __syncthreads();
     }
-    ValueFragments<Tile> values, values_low;
-    if constexpr (Tile::exact_values) {
-      values.load(tile, values_of(buffer), kPast);
-    } else {
-      values.load(tile, v_high, 0);
-      values_low.load(tile, v_low, 0);
+    if (!kSums) {
+      read_step(buffer, num);
+      store_outputs(t0, values_of(buffer), gates, num);
     }
-    if (!kSums) read_step(values, values_low, num);
-    accumulate<Tile, Tile::exact_values>(tile, sum, values, values_low, k_high, k_low);
+    ValueFragments<Tile> high, low;
+    load_values(buffer, high, low);
+    accumulate<Tile, Tile::exact_values>(tile, sum, high, low, k_high, k_low);
     move_normaliser();
-    if (!kSums) store_outputs(t0, values_of(buffer), gates, num);
   }
 
   RECGRELA_DEVICE void finish_sums() const {

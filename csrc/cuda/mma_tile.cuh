@@ -50,6 +50,34 @@ struct Arena {
   }
 };
 
+// How each pair turns from one item to the next, kept in shared memory for all warps.
+struct Turn {
+  uint64_t phase;
+  float c, s;
+};
+template <class Tile>
+RECGRELA_DEVICE void fill_turns(const Tile& tile, const double* inv_freq, Turn* turns) {
+  if (tile.thread >= Tile::D / 2) return;
+  Turn turn;
+  turn.phase = turns_of(inv_freq[tile.thread]);
+  rotation_of(turn.phase, &turn.c, &turn.s);
+  turns[tile.thread] = turn;
+}
+template <class Tile>
+RECGRELA_DEVICE Rotation<Tile::E> rotation_at(const Tile& tile, const Turn* turns,
+                                              int64_t position) {
+  Rotation<Tile::E> rotation;
+#pragma unroll
+  for (int i = 0; i < Tile::E / 2; ++i) {
+    const Turn turn = turns[tile.channel / 2 + i];
+    rotation.step[i] = turn.phase;
+    rotation.step_c[i] = turn.c;
+    rotation.step_s[i] = turn.s;
+  }
+  rotation.set(position);
+  return rotation;
+}
+
 // Rows [t0, t0 + count) of a unit on their way to shared memory, zeros for those before the sequence
 // and from `end` on. An unaligned row is copied at once, element by element.
 template <class Tile>
@@ -159,6 +187,7 @@ struct RunningFragments {
     for (int n = 0; n < Tile::key_tiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) at[n][i] += from[place(tile, n, i)];
+      keep_order();
     }
   }
   RECGRELA_DEVICE void store(const Tile& tile, float* to, bool sound) const {
@@ -166,6 +195,7 @@ struct RunningFragments {
     for (int n = 0; n < Tile::key_tiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[place(tile, n, i)] = sound ? at[n][i] : NAN;
+      keep_order();
     }
   }
   // Two parts of the fragment of B of keys 16 step .. 16 step + 15, columns 8 half .. 8 half + 7.
