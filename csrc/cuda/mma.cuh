@@ -91,10 +91,10 @@ RECGRELA_DEVICE Split split(float x, float y) {
 }
 
 // A [rows, columns] matrix of bfloat16 in shared memory, or the two parts of a float32 one. Eight
-// elements between rows let eight of them meet all banks.
-template <int Columns>
+// elements between rows let eight of them meet all banks; rows that are read one at a time need none.
+template <int Columns, int Gap = 8>
 struct SharedMatrix {
-  static constexpr int pitch = Columns + 8;
+  static constexpr int pitch = Columns + Gap;
   static constexpr int bytes(int rows) { return rows * pitch * 2; }
   uint16_t* at;
 

@@ -25,7 +25,8 @@ struct MmaForwardArgs {
 template <class S, int D, bool kSums>
 struct MmaForward {
   using Tile = MmaTile<S, D>;
-  using Rows_ = SharedMatrix<D>;
+  using RawMatrix = SharedMatrix<D, 0>;
+  using Matrix = SharedMatrix<D>;
   using Square = SharedMatrix<kStep>;
   static constexpr int E = Tile::E, own_items = Tile::own_items;
 
@@ -34,14 +35,16 @@ struct MmaForward {
   const Tile tile;
   const int64_t segment;
   const Unit u;
-  Rows_ raw_q, raw_k, raw_v, q_high, q_low, k_high, k_low, v_high, v_low;
+  RawMatrix raw_q, raw_k;
+  Matrix raw_v, q_high, q_low, k_high, k_low, v_high, v_low;
   Square score_high, score_low;
   float *totals, *z, *scales, *conv;  // [warps, D], [D], [kStep], [5, D]: four taps and the bias
   Turn* turns;  // [D / 2]
   RunningFragments<Tile> sum;
 
   static constexpr int shared_bytes() {
-    return Rows_::bytes(6 * kStep + 2 * (kStep + kPast) + (Tile::exact_values ? 0 : 2 * kStep)) +
+    return RawMatrix::bytes(2 * kStep) +
+           Matrix::bytes(4 * kStep + 2 * (kStep + kPast) + (Tile::exact_values ? 0 : 2 * kStep)) +
            Square::bytes(2 * kStep) + (Tile::warps * D + D + kStep + 5 * D) * int(sizeof(float)) +
            D / 2 * int(sizeof(Turn));
   }
@@ -53,9 +56,9 @@ struct MmaForward {
         u(unit_of(p, int64_t(blockIdx.x) / a.segments, segment, a.segments)) {
     Arena arena{shared_memory()};
     turns = arena.take<Turn>(D / 2 * int(sizeof(Turn)));
-    const auto rows = [&](int count) { return Rows_{arena.take<uint16_t>(Rows_::bytes(count))}; };
-    raw_q = rows(kStep);
-    raw_k = rows(kStep);
+    raw_q = {arena.take<uint16_t>(RawMatrix::bytes(kStep))};
+    raw_k = {arena.take<uint16_t>(RawMatrix::bytes(kStep))};
+    const auto rows = [&](int count) { return Matrix{arena.take<uint16_t>(Matrix::bytes(count))}; };
     q_high = rows(kStep);
     q_low = rows(kStep);
     k_high = rows(kStep);
@@ -105,7 +108,7 @@ struct MmaForward {
   }
 
   // Two buffers take turns: values are in use until the next step's are there.
-  RECGRELA_DEVICE Rows_ values_of(int buffer) const {
+  RECGRELA_DEVICE Matrix values_of(int buffer) const {
     return {raw_v.element(buffer * (kStep + kPast), 0)};
   }
   // Asks for the step's rows.
@@ -259,7 +262,7 @@ struct MmaForward {
   }
 
   // The convolution's pre-activations of two channels at item t, the i-th of the step.
-  RECGRELA_DEVICE void convolve(int64_t t, int i, int channel, const Rows_& values,
+  RECGRELA_DEVICE void convolve(int64_t t, int i, int channel, const Matrix& values,
                                 float (&pre)[2]) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) pre[e] = conv[4 * D + channel + e];
@@ -277,7 +280,7 @@ struct MmaForward {
       for (int e = 0; e < 2; ++e) pre[e] += conv[j * D + channel + e] * value[e];
     }
   }
-  RECGRELA_DEVICE void store_outputs(int64_t t0, const Rows_& values, const Gates& gates,
+  RECGRELA_DEVICE void store_outputs(int64_t t0, const Matrix& values, const Gates& gates,
                                      const FragmentC (&num)[Tile::row_tiles][2]) const {
     const bool augment = p.conv_weight != nullptr, gated = p.gate.data != nullptr;
 #pragma unroll

@@ -24,7 +24,6 @@ struct MmaTile {
   static constexpr int own_items = kStep / warps;  // of a warp, in the element phase
   static constexpr int row_tiles = kStep / 16, key_tiles = D / 8;
   static constexpr bool exact_values = std::is_same_v<S, BFloat16>;  // or in two parts
-  using Matrix = SharedMatrix<D>;
 
   int thread, warp, lane, channel;  // channel: the first of the lane's, in the element phase
   int column;                       // the first of the warp's, in the matrix phase
@@ -80,9 +79,9 @@ RECGRELA_DEVICE Rotation<Tile::E> rotation_at(const Tile& tile, const Turn* turn
 
 // Rows [t0, t0 + count) of a unit on their way to shared memory, zeros for those before the sequence
 // and from `end` on. An unaligned row is copied at once, element by element.
-template <class Tile>
+template <class Tile, class Matrix>
 RECGRELA_DEVICE void fetch(const Tile& tile, const Rows& rows, const Unit& u, int64_t t0, int count,
-                           int64_t end, bool aligned, const typename Tile::Matrix& to) {
+                           int64_t end, bool aligned, const Matrix& to) {
   using S = typename Tile::S;
   constexpr int per_row = Tile::D / 8;
 #pragma unroll 1
@@ -113,18 +112,17 @@ RECGRELA_DEVICE void fill(const Tile& tile, const Rows& rows, const Unit& u, int
 }
 
 // Rows of a lane's channels as they lie in shared memory.
-template <class Tile>
-RECGRELA_DEVICE Raw<typename Tile::S, Tile::E> own_row(const Tile& tile,
-                                                       const typename Tile::Matrix& rows, int i) {
+template <class Tile, class Matrix>
+RECGRELA_DEVICE Raw<typename Tile::S, Tile::E> own_row(const Tile& tile, const Matrix& rows,
+                                                       int i) {
   using S = typename Tile::S;
   return load_raw<S, Tile::E>(reinterpret_cast<const S*>(rows.element(i, tile.channel)), true);
 }
 
 // A lane's channels of a row, in two parts.
-template <class Tile>
-RECGRELA_DEVICE void store_split(const Tile& tile, const float* x, int i,
-                                 const typename Tile::Matrix& high,
-                                 const typename Tile::Matrix& low) {
+template <class Tile, class Matrix>
+RECGRELA_DEVICE void store_split(const Tile& tile, const float* x, int i, const Matrix& high,
+                                 const Matrix& low) {
   Pack<uint32_t, Tile::E / 2> h, l;
 #pragma unroll
   for (int e = 0; e < Tile::E / 2; ++e) {
@@ -215,9 +213,9 @@ RECGRELA_DEVICE void mma_split(FragmentC& c, const FragmentA& a_high, const Frag
 }
 
 // tril(Q K^T) of the step's items, in two parts, from those of Q and K. Tiles of 16 x 8 in turn.
-template <class Tile, class Rows_, class Square>
-RECGRELA_DEVICE void causal_scores(const Tile& tile, const Rows_& q_high, const Rows_& q_low,
-                                   const Rows_& k_high, const Rows_& k_low, const Square& high,
+template <class Tile, class Matrix, class Square>
+RECGRELA_DEVICE void causal_scores(const Tile& tile, const Matrix& q_high, const Matrix& q_low,
+                                   const Matrix& k_high, const Matrix& k_low, const Square& high,
                                    const Square& low) {
   // Of row tile m the 2 (m + 1) column tiles up to the diagonal: m (m + 1) tiles before it.
   constexpr int count = Tile::row_tiles * (Tile::row_tiles + 1);
@@ -259,8 +257,8 @@ template <class Tile>
 struct ValueFragments {
   FragmentA at[Tile::row_tiles];
 
-  template <class Rows_>
-  RECGRELA_DEVICE void load(const Tile& tile, const Rows_& rows, int first_row) {
+  template <class Matrix>
+  RECGRELA_DEVICE void load(const Tile& tile, const Matrix& rows, int first_row) {
 #pragma unroll
     for (int i = 0; i < Tile::row_tiles; ++i) {
       rows.load_a_transposed(at[i], first_row + 16 * i, tile.column, tile.lane);
@@ -270,10 +268,10 @@ struct ValueFragments {
 
 // sum += values^T keys, both [items, ...] of the step. The step's own sum is formed first: tensor
 // cores cut off what does not fit under a large sum, an addition rounds to nearest.
-template <class Tile, bool kExact, class Rows_>
+template <class Tile, bool kExact, class Matrix>
 RECGRELA_DEVICE void accumulate(const Tile& tile, RunningFragments<Tile>& sum,
                                 const ValueFragments<Tile>& high, const ValueFragments<Tile>& low,
-                                const Rows_& k_high, const Rows_& k_low) {
+                                const Matrix& k_high, const Matrix& k_low) {
 #pragma unroll
   for (int n = 0; n < Tile::key_tiles; n += 2) {
     FragmentC part[2] = {};
