@@ -1,6 +1,8 @@
 // gated_rela: which kernel runs.
 #include "gated_rela.h"
 
+#include "mma.cuh"
+
 namespace recgrela::cuda {
 
 // The fast kernels hold four taps of the convolution in registers.
@@ -9,7 +11,15 @@ bool has_fast_kernels(const GatedRelaParams& p) {
   return p.dtype != DType::kDouble && p.W <= 4 && has_dim;
 }
 
+bool has_mma_kernels(const GatedRelaParams& p) {
+  const bool two_bytes = p.dtype == DType::kBFloat16 || p.dtype == DType::kHalf;
+  return two_bytes && p.W <= 4 && (p.D == 64 || p.D == 128) && has_tensor_cores();
+}
+
 int64_t forward_scratch_bytes(const GatedRelaParams& p) {
+  if (has_mma_kernels(p)) {
+    return p.D == 64 ? mma_forward_scratch<64>(p) : mma_forward_scratch<128>(p);
+  }
   if (!has_fast_kernels(p)) return generic_forward_scratch(p);
   if (p.D == 8) return forward_scratch<8>(p);
   if (p.D == 16) return forward_scratch<16>(p);
@@ -19,6 +29,9 @@ int64_t forward_scratch_bytes(const GatedRelaParams& p) {
 }
 
 int launch_gated_rela(const GatedRelaParams& p, Stream stream) {
+  if (has_mma_kernels(p)) {
+    return p.D == 64 ? run_mma_forward<64>(p, stream) : run_mma_forward<128>(p, stream);
+  }
   if (!has_fast_kernels(p)) return run_generic_forward(p, stream);
   if (p.D == 8) return run_forward<8>(p, stream);
   if (p.D == 16) return run_forward<16>(p, stream);

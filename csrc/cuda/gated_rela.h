@@ -17,6 +17,13 @@ int64_t forward_scratch<128>(const GatedRelaParams& p);
 int run_generic_forward(const GatedRelaParams& p, Stream stream);
 int64_t generic_forward_scratch(const GatedRelaParams& p);
 
+// On tensor cores: bfloat16 and float16 rows of head dim 64 and 128, see mma_tile.cuh.
+bool has_mma_kernels(const GatedRelaParams& p);
+template <int D>
+int run_mma_forward(const GatedRelaParams& p, Stream stream);
+template <int D>
+int64_t mma_forward_scratch(const GatedRelaParams& p);
+
 template <int D>
 int run_backward(const GatedRelaBackwardParams& p, Stream stream);
 template <int D>

@@ -159,6 +159,7 @@ struct Rotation {
   uint64_t step[pairs];
   float c[pairs], s[pairs], step_c[pairs], step_s[pairs];
 
+  Rotation() = default;
   RECGRELA_DEVICE explicit Rotation(const double* inv_freq) {
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {

@@ -39,8 +39,22 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
 unsigned char* shared_memory();
 
 void block_barrier();
+// What every lane of the warp deposits, to be read until its next but one collective.
+struct Deposit {
+  uint64_t at[3];
+};
+const Deposit* gather(const Deposit& deposit);
 // Deposits `value` for the other lanes of the warp and returns what lane `source` deposited.
 uint64_t exchange(uint64_t value, unsigned source);
+
+// Twins of mma.sync.m16n8k16 (bfloat16, float32 sums), ldmatrix.x4 and cp.async of 16 bytes, in
+// tensor_core.cpp. A copy is made when it is waited for.
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void ldmatrix(uint32_t (&to)[4], const uint16_t* row, bool transposed);
+void copy_async(void* to, const void* from, int bytes);
+void wait_for_copies();
+// Whether the kernels that need tensor cores run; a test can ask for the others.
+extern bool tensor_cores;
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);

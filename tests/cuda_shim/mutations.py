@@ -35,6 +35,7 @@ def no_barrier(file: str, behind: str, barrier: str = "__syncwarp();") -> Mutant
 FORWARD, BACKWARD, TILE, UNIT = "forward.cuh", "backward.cuh", "warp_tile.cuh", "common.cuh"
 WIDE_FORWARD, WIDE_BACKWARD, WIDE_TILE = "forward_wide.cuh", "backward_wide.cuh", "wide_tile.cuh"
 CONV = "conv_gradient.cuh"
+MMA, MMA_TILE, MMA_FORWARD = "mma.cuh", "mma_tile.cuh", "mma_forward.cuh"
 GENERIC, STEP, SUMS = "generic.cuh", "gated_rela_step.cu", "sum_parts.cu"
 BLOCK = "__syncthreads();"
 ROLLED = "#pragma unroll 1 for (int j = 0; j < T && i0 + j < count; ++j)"
@@ -165,6 +166,45 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "conv gradient: the final window's gradient dropped": (
         CONV, "p.grad_final.conv && r >= 0 ?", "false ?",
+    ),
+    "mma: low parts of the second factor dropped": (MMA_TILE, "mma(c, a_high, b0_low, b1_low);", ""),
+    "mma: low parts of the keys dropped from S": (
+        MMA_TILE, "mma(part[m], high.at[i], b_low[2 * m], b_low[2 * m + 1]);", "",
+    ),
+    "mma: low parts of float16 values dropped": (
+        MMA_TILE, "if constexpr (!kExact) mma(part[m]", "if constexpr (false) mma(part[m]",
+    ),
+    "mma: an item sees the one behind it": (MMA_TILE, "s <= t ? sum", "s <= t + 1 ? sum"),
+    "mma: columns of S in disorder": (MMA_TILE, "tile.c.g + i / 2 * 8;", "tile.c.g + i % 2 * 8;"),
+    "mma: fragment of another matrix": (
+        MMA, "lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8",
+        "lane % 8 + lane / 8 % 2 * 8, column + lane / 16 * 8",
+    ),
+    "mma forward: no barrier before the rows are mapped": no_barrier(
+        MMA_FORWARD, "save_states(t0);", "__syncthreads();"
+    ),
+    "mma forward: no barrier behind the mapped rows": no_barrier(
+        MMA_FORWARD, "if (t0 + kStep < u.end) request", "__syncthreads();"
+    ),
+    "mma forward: no barrier behind the scores": (
+        MMA_FORWARD, "load_gates(t0, gates); __syncthreads();", "load_gates(t0, gates);",
+    ),
+    "mma forward: copies not waited for": (MMA_FORWARD, "wait_for_copies();", ""),
+    "mma forward: one buffer of values instead of two": (
+        MMA_FORWARD, "element(buffer * (kStep + kPast), 0)", "element(0, 0)",
+    ),
+    "mma forward: one warp's items missing from the normaliser": (
+        MMA_FORWARD, "w < tile.warp; ++w", "w + 1 < tile.warp; ++w",
+    ),
+    "mma forward: normaliser stays": (MMA_FORWARD, "z[tile.thread] += step;", ""),
+    "mma forward: convolution forgets the state": (
+        MMA_FORWARD, "t < kPast && t - kPast + j < 0", "false",
+    ),
+    "mma forward: one segment's partial sum dropped": (
+        MMA_FORWARD, "int64_t s = 0; !kSums", "int64_t s = 1; !kSums",
+    ),
+    "mma forward: padding not zeroed": (
+        MMA_FORWARD, "u.span.length, p.L, 0.0f);", "p.L, p.L, 0.0f);",
     ),
     "sums: no barrier": (SUMS, "__syncthreads();", ""),
     "sums: one part dropped": (SUMS, "i < kLanes; ++i", "i + 1 < kLanes; ++i"),

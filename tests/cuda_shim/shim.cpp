@@ -40,14 +40,23 @@ struct Fiber {
 };
 
 struct Warp {
-  uint64_t values[2][kLanes];  // of this collective and of the one before
+  Deposit values[2][kLanes];  // of this collective and of the one before
   unsigned arrived, round;
 };
+
+// An asynchronous copy that has been issued and not waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+constexpr int kCopied = 16;
 
 Order order = Order::kForward;
 std::mt19937 generator;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
+std::vector<std::vector<Copy>> copies;  // of every thread
 std::vector<unsigned char> shared;
 unsigned char* shared_start = nullptr;
 ucontext_t scheduler;
@@ -97,6 +106,7 @@ std::vector<unsigned> in_order(unsigned count) {
 void start(unsigned threads) {
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   warps.assign((threads + kLanes - 1) / kLanes, Warp{});
+  copies.assign(threads, {});
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = *fibers[t];
     fiber.state = State::kReady;
@@ -164,6 +174,9 @@ void run_block(unsigned threads, std::size_t shared_bytes) {
   for (unsigned t = 0; t < threads; ++t) {
     if (fibers[t]->state != State::kDone) stop("a barrier never fills");
   }
+  for (const std::vector<Copy>& open : copies) {
+    if (!open.empty()) stop("a copy was never waited for");
+  }
 }
 
 }  // namespace
@@ -189,11 +202,11 @@ unsigned char* shared_memory() { return shared_start; }
 
 void block_barrier() { give_way(State::kAtBlockBarrier); }
 
-uint64_t exchange(uint64_t value, unsigned source) {
+const Deposit* gather(const Deposit& deposit) {
   const unsigned self = thread_index.x, lane = self % kLanes, first = self - lane;
   Warp& warp = warps[self / kLanes];
   const unsigned buffer = warp.round % 2;
-  warp.values[buffer][lane] = value;
+  warp.values[buffer][lane] = deposit;
   if (++warp.arrived < kLanes) {
     give_way(State::kAtWarp);
   } else {
@@ -204,7 +217,25 @@ uint64_t exchange(uint64_t value, unsigned source) {
     }
     give_way(State::kReady);  // not always the first to go on
   }
-  return warp.values[buffer][source];
+  return warp.values[buffer];
+}
+
+uint64_t exchange(uint64_t value, unsigned source) { return gather({{value}})[source].at[0]; }
+
+// The destination is garbage until the copy has been waited for: it may arrive at any time.
+void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % kCopied != 0) stop("a copy to an odd address");
+  if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % kCopied != 0) stop("a copy from there");
+  std::memset(to, 0xff, kCopied);
+  copies[thread_index.x].push_back({to, from, bytes});
+}
+
+void wait_for_copies() {
+  for (const Copy& copy : copies[thread_index.x]) {
+    std::memset(copy.to, 0, kCopied);
+    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, std::size_t(copy.bytes));
+  }
+  copies[thread_index.x].clear();
 }
 
 void need_full_mask(unsigned mask) {
