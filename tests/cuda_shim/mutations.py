@@ -167,7 +167,9 @@ MUTANTS: dict[str, Mutant] = {
     "conv gradient: the final window's gradient dropped": (
         CONV, "p.grad_final.conv && r >= 0 ?", "false ?",
     ),
-    "mma: low parts of the second factor dropped": (MMA_TILE, "mma(c, a_high, b0_low, b1_low);", ""),
+    "mma: low parts of the second factor dropped": (
+        MMA_TILE, "mma(c, a_high, b0_low, b1_low);", "",
+    ),
     "mma: low parts of the keys dropped from S": (
         MMA_TILE, "mma(part[m], high.at[i], b_low[2 * m], b_low[2 * m + 1]);", "",
     ),

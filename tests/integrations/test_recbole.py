@@ -97,7 +97,8 @@ def test_recbole_trains_and_its_metrics_are_ours(recbole_run: Any, mode: str) ->
     ]
     targets = Targets.last_of(Sequences.from_lists(histories, model.n_items - 1))
     ours = evaluate(model.model, targets, baselines={}, bootstrap=0)["mean"]
-    assert {name: round(ours[name], 4) for name in recbole} == dict(recbole)
+    # RecBole rounds to four digits; twenty targets often leave a mean in the middle of two.
+    assert dict(recbole) == pytest.approx({name: ours[name] for name in recbole}, abs=5.1e-5)
 
     weights = published_state_dict(trainer.saved_model_file)
     assert all(name.startswith("model.") for name in weights)
