@@ -109,9 +109,9 @@ def _fill(pool: Pool, read: _Reader) -> None:
     order, owner = read("order", torch.int64).numpy(), read("owner", torch.int64).numpy()
     slots = np.sort(order)
     read.require(len(owner) <= pool.capacity, "owner", "fit its capacity")
-    fits = len(slots) <= len(owner) and np.all(np.diff(slots) > 0)
-    fits = fits and (not len(slots) or (slots[0] >= 0 and slots[-1] < len(owner)))
-    read.require(bool(fits), "order", "list slots once")
+    once = len(slots) <= len(owner) and bool(np.all(np.diff(slots) > 0))
+    inside = not len(slots) or bool(slots[0] >= 0 and slots[-1] < len(owner))
+    read.require(once and inside, "order", "list slots once")
     read.require(len(np.unique(owner[order])) == len(order), "owner", "be distinct users")
     for name, into in zip(pool.rows._fields, pool.rows, strict=True):
         if into is not None:

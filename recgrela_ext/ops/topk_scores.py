@@ -129,8 +129,8 @@ def _check(
     candidates: Tensor | None,
 ) -> None:
     op = "topk_scores"
-    for name, x in (("hidden", hidden), ("table", table)):
-        check_tensor(op, name, x)
+    check_tensor(op, "hidden", hidden)
+    check_tensor(op, "table", table)
     for name, x in (("scale", scale), ("seen", seen), ("candidates", candidates)):
         if x is not None:
             check_tensor(op, name, x)
