@@ -277,7 +277,8 @@ struct WideBackward {
   }
   RECGRELA_DEVICE void finish_key(int64_t t1, int i, int j) {
     const float c = own(cosines, j), s = own(sines, j);
-    y += sum_of_warps<Tile>(ddens + i * Tile::warps, 1) * turn_pair_back(own(queries, j), c, s, odd);
+    y +=
+        sum_of_warps<Tile>(ddens + i * Tile::warps, 1) * turn_pair_back(own(queries, j), c, s, odd);
     const float phi = turn_pair_back(own(keys, j), c, s, odd);
     const float sum_of_row = sum_of_warps<Tile>(parts + j * Tile::warps * D + tile.channel, D);
     const float dphi = turn_pair_back(sum_of_row, c, s, odd) + (y_base + y);
@@ -344,10 +345,12 @@ struct WideBackward {
     }
     if (!p.grad_initial.kv || segment() != 0) return;
     sum.load(tile, total());
-    sum.store_state(tile, static_cast<float*>(p.grad_initial.kv) +
-                              u.b * p.grad_initial.kv_stride + u.h * D * D, u.span.sound);
-    static_cast<float*>(p.grad_initial.k_sum)[u.b * p.grad_initial.k_sum_stride + u.h * D +
-                                              tile.channel] = u.span.sound ? y_base : NAN;
+    sum.store_state(
+        tile, static_cast<float*>(p.grad_initial.kv) + u.b * p.grad_initial.kv_stride + u.h * D * D,
+        u.span.sound);
+    static_cast<float*>(
+        p.grad_initial.k_sum)[u.b * p.grad_initial.k_sum_stride + u.h * D + tile.channel] =
+        u.span.sound ? y_base : NAN;
     store_grad_initial_conv<S>(p, u, tile.channel);
   }
   RECGRELA_DEVICE void store_conv_gradient() const {
@@ -367,8 +370,8 @@ struct WideBackward {
 template <class S, int D, bool kSums>
 __global__ void __launch_bounds__(WideTile<D>::threads, 1)
     wide_backward_kernel(const __grid_constant__ WideBackwardArgs args) {
-  WideBackward<S, D, kSums> work(args, reinterpret_cast<float*>(shared_memory()),
-                                 int(threadIdx.x), int64_t(blockIdx.x));
+  WideBackward<S, D, kSums> work(args, reinterpret_cast<float*>(shared_memory()), int(threadIdx.x),
+                                 int64_t(blockIdx.x));
   work.start();
   work.sweep();
   work.finish();

@@ -13,9 +13,8 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <vector>
-
 #include <thread>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -408,8 +407,13 @@ void test_random(int64_t count, unsigned seed) {
   const auto below = [&](int64_t n) { return int64_t(generator() % uint32_t(n)); };
   for (int64_t i = 0; i < count; ++i) {
     const int64_t border[] = {0, 1, 2, 63, 64, 65, 127, 129, 192, kSegment - 1, kSegment + 1};
-    Shape s{1 + below(3), 2 * (1 + below(below(8) ? 18 : 65)), below(below(8) ? 6 : 80), {}, false,
-            false, false};
+    Shape s{1 + below(3),
+            2 * (1 + below(below(8) ? 18 : 65)),
+            below(below(8) ? 6 : 80),
+            {},
+            false,
+            false,
+            false};
     s.packed = below(2), s.gate = below(2), s.state = below(2);
     const int64_t longest = s.D > 40 ? 9 : below(20) ? 9 : 11;  // long ones are slow
     for (int64_t b = 1 + below(4); b > 0; --b)

@@ -3,9 +3,9 @@
 //   test_stream [events]      drift of float states against double ones; 20,000 events by default
 //
 // The same events go through gated_rela_step in float and in double. At every power of ten the
-// largest difference of outputs and of states is printed, relative to the largest value; it must stay
-// below what the library promises up to a million events, and finite beyond. encoder_step runs over
-// buffers without a spare byte. Small counts are for valgrind and the sanitizers.
+// largest difference of outputs and of states is printed, relative to the largest value; it must
+// stay below what the library promises up to a million events, and finite beyond. encoder_step runs
+// over buffers without a spare byte. Small counts are for valgrind and the sanitizers.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -124,9 +124,9 @@ void drift(int64_t events) {
 void threads() {
   Stream<float> one, many;
   for (int64_t t = 0; t < 40; ++t) one.step(t), many.step(t, 2);
-  expect(one.out == many.out && one.kv == many.kv && one.k_sum == many.k_sum &&
-             one.conv == many.conv,
-         "same bits from several threads", 0);
+  expect(
+      one.out == many.out && one.kv == many.kv && one.k_sum == many.k_sum && one.conv == many.conv,
+      "same bits from several threads", 0);
 }
 
 // encoder_step, every buffer as large as it must be.

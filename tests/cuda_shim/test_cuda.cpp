@@ -221,8 +221,8 @@ void check_sick_user(DType dtype, int64_t D) {
   Run well(c, p);
   expect(well.forward(false) == 0, c.name, "launch", 0);
   for (double sick : {std::nan(""), HUGE_VAL, -HUGE_VAL, 6e4}) {
-    for (Values reference::Problem::*rows : {&reference::Problem::q, &reference::Problem::k,
-                                             &reference::Problem::v, &reference::Problem::gate}) {
+    for (Values reference::Problem::* rows : {&reference::Problem::q, &reference::Problem::k,
+                                              &reference::Problem::v, &reference::Problem::gate}) {
       reference::Problem broken = p;
       for (int64_t t : {0, 33, 39}) (broken.*rows)[(35 + t) * D + 5] = sick;
       Run run(c, broken);
