@@ -154,10 +154,11 @@ def _child(point: Point, answer: Any, limit: int) -> None:
 
 
 def _measure(point: Point, effort: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own, forked from this one, which has imported everything and computed
-    nothing: torch need not be loaded for every point."""
+    """In a process of its own, where that can be one forked from this process, which has imported
+    everything and computed nothing: torch need not be loaded for every point."""
     limit = LIMIT_SECONDS[point["part"]]
-    context = multiprocessing.get_context("fork")
+    # the products of a ranking do not end in some forked processes (torch 2.13 for the CPU)
+    context: Any = multiprocessing.get_context("spawn" if point["kind"] == "ranking" else "fork")
     there, here = context.Pipe(duplex=False)
     whole = {**point, **effort, "limit_bytes": LIMIT_BYTES}
     process = context.Process(target=_child, args=(whole, here, limit))
