@@ -148,24 +148,26 @@ def measure(grid: list[Point], results: Results, seconds: float | None) -> None:
 
 
 def _child(point: Point, answer: Any, limit: int) -> None:
-    """The limit is of processor time: other work on the machine makes nothing fail."""
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    """The limit of a memory point is one of processor time: other work on the machine makes nothing
+    fail. Not that of a latency: under it Linux counts processor time in ticks alone."""
+    if point["part"] == "memory":
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     memory_point.main(point, answer)
 
 
 def _measure(point: Point, effort: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own, where that can be one forked from this process, which has imported
-    everything and computed nothing: torch need not be loaded for every point."""
+    """In a process of its own, forked from this one, which has imported everything and computed
+    nothing: torch need not be loaded for every point."""
     limit = LIMIT_SECONDS[point["part"]]
-    # the products of a ranking do not end in some forked processes (torch 2.13 for the CPU)
-    context: Any = multiprocessing.get_context("spawn" if point["kind"] == "ranking" else "fork")
+    context = multiprocessing.get_context("fork")
     there, here = context.Pipe(duplex=False)
     whole = {**point, **effort, "limit_bytes": LIMIT_BYTES}
     process = context.Process(target=_child, args=(whole, here, limit))
     process.start()
     here.close()
     try:
-        found = dict(there.recv())
+        wait = limit if point["part"] == "latency" else None
+        found = dict(there.recv()) if there.poll(wait) else {"missing": f"more than {limit} s"}
     except EOFError:
         process.join()
         found = {"missing": "killed: no memory left"}
