@@ -8,11 +8,11 @@
 The users met last are kept as they are in use; the others rest in a smaller format. A state is
 converted when it leaves the first group, not at every event: rounding each time ruins it.
 
-When to `rebuild`, which reads histories again: to take an event out, because the sums do not say which
-part was whose; after the weights changed, because a state of other weights is refused; beyond a
-million events, where float32 sums end. Not because a state is old: item n weighs 1/n in it, but states
-that had forgotten nothing ranked as well as those rebuilt from the last 200 items (README, "What a
-new event costs"), so these are also enough to rebuild from.
+When to `rebuild`, which reads histories again: to take an event out, because the sums do not say
+which part was whose; after the weights changed, because a state of other weights is refused; beyond
+a million events, where float32 sums end. Not because a state is old: item n weighs 1/n in it, but
+states that had forgotten nothing ranked as well as those rebuilt from the last 200 items (README,
+"What a new event costs"), so these are also enough to rebuild from.
 """
 
 from __future__ import annotations

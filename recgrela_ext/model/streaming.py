@@ -218,7 +218,6 @@ def _embed_event(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
 
 
 def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
-    config = model.config
     caller = "RecGRELA.step"
     inputs.check_integers(caller, "items", items)
     if items.dim() != 1:
