@@ -148,8 +148,10 @@ def measure(grid: list[Point], results: Results, seconds: float | None) -> None:
 
 
 def _child(point: Point, answer: Any, limit: int) -> None:
-    """The limit is of processor time: other work on the machine makes nothing fail."""
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    """The limit of a memory point is one of processor time: other work on the machine makes nothing
+    fail. Not that of a latency: under it Linux counts processor time in ticks alone."""
+    if point["part"] == "memory":
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     memory_point.main(point, answer)
 
 
@@ -164,7 +166,8 @@ def _measure(point: Point, effort: dict[str, Any]) -> dict[str, Any]:
     process.start()
     here.close()
     try:
-        found = dict(there.recv())
+        wait = limit if point["part"] == "latency" else None
+        found = dict(there.recv()) if there.poll(wait) else {"missing": f"more than {limit} s"}
     except EOFError:
         process.join()
         found = {"missing": "killed: no memory left"}

@@ -18,7 +18,6 @@ from benchmarks.memory_quality import OURS, PUBLISHED, build
 from recgrela_ext import RecGRELA, UserStateStore
 
 WINDOW = 200  # items a model with a window reads
-SPARE = 512  # events a cache has room for beyond L
 EventWork = Callable[[], Tensor]  # one event of every user: hidden states [B, 64]
 
 
@@ -39,7 +38,7 @@ class Candidate:
         return self.way == "whole" or (self.model == "SASRec" and self.way == "step")
 
     def build(self, n_items: int, length: int) -> Any:
-        positions = length + SPARE if self.model == "SASRec" and self.way != "window" else WINDOW
+        positions = length if self.model == "SASRec" and self.way != "window" else WINDOW
         torch.manual_seed(0)
         return build(self.model, n_items, length=positions).eval()
 
@@ -100,7 +99,7 @@ def event(candidate: Candidate, model: Any, length: int, users: int) -> EventWor
 
 
 def _peer_step(candidate: Candidate, model: Any, length: int, new: Tensor) -> EventWork:
-    kept = model.start(len(new), length + SPARE if candidate.grows else 1)
+    kept = model.start(len(new), length if candidate.grows else 1)
     for part in kept.tensors:
         real = torch.view_as_real(part) if part.is_complex() else part
         real.uniform_(-1, 1)

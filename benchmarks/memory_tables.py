@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_models import CANDIDATES
+from benchmarks.memory_models import CANDIDATES, stored_bytes
 from benchmarks.memory_quality import METRICS, OURS
 from benchmarks.records import Target, duration
 
 NOT_YET = "Not measured yet. `python -m benchmarks memory` measures it."
+NO_FIGURE = "not measured"
 BATCHES, CATALOGUES = (1, 16, 256, 4096), (10_000, 100_000, 1_000_000, 10_000_000)
 RANKED = {
     "sasrec-window": "SASRec, re-encoding 200, dense scores",
@@ -83,7 +84,7 @@ def section(folder: Path) -> str:
         f"memory after weights; times are processor time, medians."
     )
     parts = [head, models(figures), many(figures), catalogues(figures), losses(figures)]
-    parts.append(target_table(targets(figures, folder)))
+    parts += [target_table(targets(figures, folder)), forgetting(content.get("forgetting", {}))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -96,7 +97,7 @@ def models(figures: Figures) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, candidate in CANDIDATES.items():
-        kept = (_kept(figures.get("memory", "event", name, n)) for n in (200, 1_000_000))
+        kept = (size(sum(stored_bytes(candidate, n).values())) for n in (200, 1_000_000))
         peaks = (_peak(figures.get("memory", "event", name, n)) for n in (200, 1_000_000))
         lengths = (200, 2_000, 1_000_000)
         times = (_time(figures.get("latency", "event", name, n)) for n in lengths)
@@ -147,6 +148,26 @@ def losses(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def forgetting(curve: dict[str, Any]) -> str:
+    """What a state loses that was rebuilt from the last items alone."""
+    if not curve:
+        return ""
+    lines = []
+    for group in curve["groups"]:
+        windows = group["windows"]
+        head = " | ".join(f"last {row['window']}" for row in windows)
+        told = f"{group['users']} users with more than {group['more_than']} items"
+        lines += ["", f"| {told} | {head} | all |", "|---" * (len(windows) + 2) + "|"]
+        values = " | ".join(f"{row['ndcg@10']:.4f}" for row in windows)
+        lines.append(f"| NDCG@10, {group['targets']} targets | {values} | {group['all']:.4f} |")
+        cells = []
+        for row in windows:
+            low, high = row["interval"]
+            cells.append(f"{row['minus_all']:+.4f} ({low:+.4f} to {high:+.4f})")
+        lines.append(f"| less that of all | {' | '.join(cells)} | |")
+    return "\n".join(lines).strip()
+
+
 def targets(figures: Figures, folder: Path) -> list[Target]:
     """What was asked of serving, and what was measured."""
 
@@ -155,8 +176,6 @@ def targets(figures: Figures, folder: Path) -> list[Target]:
             figures.seconds("event", peer, length), figures.seconds("event", "ours", length)
         )
 
-    long, short = (figures.peak("history", "ours", n) for n in (1_000_000, 10_000))
-    growth = None if long is None or short is None else (long - short) / 1e6
     loss = [figures.peak("loss", name, 0, 1_000_000, 512) for name in ("dense", "ours")]
     found = [
         Target("event, 200 items: SASRec reading 200 over ours", 10, times("sasrec-window", 200)),
@@ -164,11 +183,20 @@ def targets(figures: Figures, folder: Path) -> list[Target]:
         Target("event, 2,000 items: SASRec reading all over ours", 100,
                times("sasrec-whole", 2000)),
         Target("event, 2,000 items: SASRec, KV cache, over ours", 4, times("sasrec-cache", 2000)),
-        Target("reading 1,000,000 items over 10,000, MB more", 5, growth, at_least=False),
         Target("memory of the loss, 10⁶ items, 512 rows, of dense cross-entropy", 0.1,
                _over(loss[1], loss[0]), at_least=False),
     ]  # fmt: skip
-    return [*found, *_retrieval(folder), *_formats(folder)]
+    return [*found, *_prefill(folder), *_retrieval(folder), *_formats(folder)]
+
+
+def _prefill(folder: Path) -> list[Target]:
+    path = folder / "long-history.json"
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    at = {r["length"]: r["megabytes"] for r in rows if r["method"] == "prefill"}
+    text = "peak of `prefill`, 1,000,000 items over 10,000, MB more"
+    return [Target(text, 5, at[1_000_000] - at[10_000], at_least=False)]
 
 
 def _retrieval(folder: Path) -> list[Target]:
@@ -222,19 +250,17 @@ def size(count: float) -> str:
     return f"{count:,.0f} B"
 
 
-def _kept(found: Found | None) -> str:
-    return "" if found is None or "state" not in found else size(found["ids"] + found["state"])
-
-
 def _peak(found: Found | None) -> str:
+    """Below 0.1 MB it is a matter of pages."""
     if found is None:
-        return ""
-    return found.get("missing") or size(found["peak"])
+        return NO_FIGURE
+    told: str = found.get("missing") or size(found["peak"])
+    return told if "missing" in found or found["peak"] >= 100_000 else "< 0.1 MB"
 
 
 def _time(found: Found | None, users: int = 1) -> str:
     if found is None:
-        return ""
+        return NO_FIGURE
     return found.get("missing") or duration(found["seconds"] / users)
 
 
@@ -250,7 +276,7 @@ def _rebuild(figures: Figures, name: str) -> str:
 def _ndcg(quality: dict[str, Any], name: str) -> str:
     """Mean over the seeds, seen items included, and the range of more than one seed."""
     candidate = CANDIDATES[name]
-    model = quality.get(candidate.model, {"missing": ""})
+    model = quality.get(candidate.model, {"missing": NO_FIGURE})
     if "missing" in model:
         return str(model["missing"])
     served = candidate.model == OURS and candidate.way in ("step", "store")

@@ -8,9 +8,11 @@
 The users met last are kept as they are in use; the others rest in a smaller format. A state is
 converted when it leaves the first group, not at every event: rounding each time ruins it.
 
-Taking one event out of a state is not possible, because the sums do not say which part was whose:
-read the history again without it, `rebuild`. The same after the weights changed: a state of other
-weights is refused.
+When to `rebuild`, which reads histories again: to take an event out, because the sums do not say
+which part was whose; after the weights changed, because a state of other weights is refused; beyond
+a million events, where float32 sums end. Not because a state is old: item n weighs 1/n in it, but
+states that had forgotten nothing ranked as well as those rebuilt from the last 200 items (README,
+"What a new event costs"), so these are also enough to rebuild from.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class UserStateStore:
         device: where the rows lie; default: the model's.
 
     All memory but that of the seen items and of the index by user (a dict, some 100 bytes a user)
-    is taken at once. Not thread-safe.
+    is taken at once. Not thread-safe. When to `rebuild` a user: to delete an event, after the
+    weights changed, beyond a million events; not because of a state's age (see the module).
     """
 
     def __init__(

@@ -201,7 +201,7 @@ def test_tables_and_targets(tmp_path: Path) -> None:
     (tmp_path / "memory.json").write_text(json.dumps(some_content()))
     text = memory_tables.section(tmp_path)
     # three processes of 1, 2 and 3 ms: the median
-    assert "| SASRec, KV cache | 5,896 B | 5,896 B | 500 KB | 500 KB | 2 ms | 2 ms |" in text
+    assert "| SASRec, KV cache | 410 KB | 2.05 GB | 500 KB | 500 KB | 2 ms | 2 ms |" in text
     assert "| Mamba (mambapy), step |" in text
     assert "not installed" in text
     assert "0.0500 (0.0500 to 0.0500)" in text
