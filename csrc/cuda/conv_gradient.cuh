@@ -32,9 +32,9 @@ RECGRELA_DEVICE float dpre_of(const GatedRelaBackwardParams& p, const Unit& u, i
 // The final conv state holds the last W - 1 values, row r of which gets its gradient back.
 RECGRELA_DEVICE float grad_final_conv(const GatedRelaBackwardParams& p, const Unit& u, int channel,
                                       int64_t r) {
-  return static_cast<const float*>(p.grad_final.conv)[u.b * p.grad_final.conv_stride +
-                                                      r * p.forward.H * p.forward.D +
-                                                      u.h * p.forward.D + channel];
+  return static_cast<const float*>(
+      p.grad_final.conv)[u.b * p.grad_final.conv_stride + r * p.forward.H * p.forward.D +
+                         u.h * p.forward.D + channel];
 }
 // What of it goes to v of item t.
 RECGRELA_DEVICE float grad_final_conv_of(const GatedRelaBackwardParams& p, const Unit& u,

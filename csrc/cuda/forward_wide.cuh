@@ -29,7 +29,7 @@ template <class S, int D, bool kSums>
 struct WideForward {
   using Tile = WideTile<D>;
   // Items that share one barrier, read ahead while the items before are worked on.
-    static constexpr int T = 2;
+  static constexpr int T = 2;
   static constexpr int rows = T * D;
   static constexpr int exchange = 4 * rows + T * Tile::warps;
   static constexpr int64_t bytes =
@@ -76,8 +76,8 @@ struct WideForward {
       conv.start(p, u, tile.channel, u.begin);
     }
     if (p.initial.kv) {
-      sum.add_state(tile, static_cast<const float*>(p.initial.kv) + u.b * p.initial.kv_stride +
-                              u.h * D * D);
+      sum.add_state(
+          tile, static_cast<const float*>(p.initial.kv) + u.b * p.initial.kv_stride + u.h * D * D);
       z_base += static_cast<const float*>(
           p.initial.k_sum)[u.b * p.initial.k_sum_stride + u.h * D + tile.channel];
     }
@@ -189,9 +189,8 @@ struct WideForward {
     }
     if (!u.last) return;
     if (p.final.kv) {
-      sum.store_state(
-          tile, static_cast<float*>(p.final.kv) + u.b * p.final.kv_stride + u.h * D * D,
-          u.span.sound);
+      sum.store_state(tile, static_cast<float*>(p.final.kv) + u.b * p.final.kv_stride + u.h * D * D,
+                      u.span.sound);
       static_cast<float*>(p.final.k_sum)[u.b * p.final.k_sum_stride + u.h * D + tile.channel] =
           u.span.sound ? z + z_base : NAN;
       store_last_values<S, 1>(p, u, tile.channel);
@@ -235,8 +234,7 @@ int run_wide_forward(const GatedRelaParams& p, Stream stream) {
   if (args.segments > 1) {
     args.part_kv = args.total + blocks * D * D;
     args.part_k_sum = args.part_kv + blocks * D * D;
-    const int error =
-        launch(wide_forward_kernel<S, D, true>, blocks, D, Work::bytes, stream, args);
+    const int error = launch(wide_forward_kernel<S, D, true>, blocks, D, Work::bytes, stream, args);
     if (error != 0) return error;
   }
   return launch(wide_forward_kernel<S, D, false>, blocks, D, Work::bytes, stream, args);

@@ -1,5 +1,6 @@
-// How the warps of a block share out one sequence's head ("unit") where its running sum is too large
-// for the registers of one warp. A block works on one unit alone, with a thread a channel, so every
+// How the warps of a block share out one sequence's head ("unit") where its running sum is too
+// large for the registers of one warp. A block works on one unit alone, with a thread a channel, so
+// every
 // __syncthreads is a barrier of the unit.
 //
 // Warp w owns the columns 32 w .. 32 w + 31 of the running sum S [D, D]. Its lane (a, b), number
