@@ -32,8 +32,9 @@ struct WideBackwardArgs {
 template <class S, int D, bool kSums>
 struct WideBackward {
   using Tile = WideTile<D>;
-  // Items between two barriers, read ahead while the items before are worked on.
-  static constexpr int T = 2, rows = T * D;
+  // Items between two barriers, read ahead while the items before are worked on. One where S takes
+  // 128 registers: with two, sm_120 spills.
+  static constexpr int T = D == 128 ? 1 : 2, rows = T * D;
   static constexpr int64_t bytes =
       int64_t(sizeof(float)) *
       ((6 + Tile::warps) * rows + (2 * kChunk + 3 + 12) * D + 2 * kChunk * Tile::warps);
