@@ -32,11 +32,12 @@ struct WideBackwardArgs {
 template <class S, int D, bool kSums>
 struct WideBackward {
   using Tile = WideTile<D>;
-  // Items between two barriers, read ahead while the items before are worked on.
-  static constexpr int T = 2, rows = T * D;
+  // Items between two barriers, read ahead while the items before are worked on. One where S takes
+  // 128 registers: with two, sm_120 spills.
+  static constexpr int T = D == 128 ? 1 : 2, rows = T * D;
   static constexpr int64_t bytes =
       int64_t(sizeof(float)) *
-      ((6 + Tile::warps) * rows + (2 * kChunk + 11) * D + 2 * kChunk * Tile::warps);
+      ((6 + Tile::warps) * rows + (2 * kChunk + 3 + 12) * D + 2 * kChunk * Tile::warps);
 
   const WideBackwardArgs& args;
   const GatedRelaBackwardParams& p;
@@ -46,16 +47,15 @@ struct WideBackward {
   const int64_t slot;  // of part_kv and total
   const bool odd;      // channel
   // Shared memory. Of T items: keys, queries, values; parts [T, warps, D] of S d; and what a lane
-  // keeps for itself: cosines, sines, z. Of a chunk: dnums (dO until dnum is known), dpres, and
-  // den and dden [kChunk, warps] in parts. The gradients of the convolution's taps and bias.
+  // keeps for itself: cosines, sines, z. Of a chunk: dnums (dO until dnum is known), dpres and
+  // those of the three items behind it, and den and dden [kChunk, warps] in parts. The gradients of
+  // the convolution's taps and bias.
   float *keys, *queries, *values, *cosines, *sines, *zs, *parts, *dnums, *dpres, *dtaps, *dens,
       *ddens;
   WideSum<Tile> sum;
   Rotation<2> rotation;
   WideConvolution<S, D> conv;
-  float y = 0.0f;       // of this chunk
-  float& y_base;        // of what comes behind: in shared memory, a register less
-  float later[3] = {};  // dpre of the three items behind
+  float &y, &y_base;  // of this chunk and of what comes behind: in shared memory, to save registers
 
   RECGRELA_DEVICE WideBackward(const WideBackwardArgs& a, float* memory, int thread, int64_t task)
       : args(a),
@@ -66,8 +66,9 @@ struct WideBackward {
         slot(task),
         odd(tile.channel % 2),
         rotation(f.inv_freq + u.h * (D / 2) + tile.channel / 2),
-        y_base(memory[tile.channel]) {
-    keys = memory + D;
+        y(memory[tile.channel]),
+        y_base(memory[D + tile.channel]) {
+    keys = memory + 2 * D;
     queries = keys + rows;
     values = queries + rows;
     cosines = values + rows;
@@ -76,7 +77,7 @@ struct WideBackward {
     parts = zs + rows;
     dnums = parts + Tile::warps * rows;
     dpres = dnums + kChunk * D;
-    dtaps = dpres + kChunk * D;
+    dtaps = dpres + (kChunk + 3) * D;
     dens = dtaps + 5 * D;
     ddens = dens + kChunk * Tile::warps;
     conv.taps = ddens + kChunk * Tile::warps + tile.channel;
@@ -94,7 +95,7 @@ struct WideBackward {
   // T and y start with the gradient of the final state and the sums of the segments behind.
   RECGRELA_DEVICE void start() {
     sum.clear();
-    y_base = 0.0f;
+    y = y_base = 0.0f;
     if (f.conv_weight) {
       conv.load(f, u, tile.channel);
 #pragma unroll
@@ -112,9 +113,12 @@ struct WideBackward {
       y_base += args.part_k_sum[at * D + tile.channel];
     }
     sum.store(tile, total());
-    if (!kSums && f.conv_weight && u.span.sound) {
-#pragma unroll
-      for (int r = 0; r < 3; ++r) later[r] = dpre_of<S>(p, u, tile.channel, u.end + r);
+    if (!kSums && f.conv_weight && u.end > u.begin) {
+      const int count = int((u.end - u.begin - 1) % kChunk) + 1;
+#pragma unroll 1
+      for (int r = 0; r < 3; ++r) {
+        own(dpres, count + r) = dpre_of<S>(p, u, tile.channel, u.end + r);
+      }
     }
   }
 
@@ -158,8 +162,8 @@ struct WideBackward {
         own(dnums, i0 + j) = dy * gate;
         own(dpres, i0 + j) = dy * slope;  // what the gate's gradient needs, until dpre is known
       }
-      __syncthreads();
       if (i0 + T < count) read_ahead(i0 + T);
+      __syncthreads();
 #pragma unroll 1
       for (int j = 0; j < T && i0 + j < count; ++j) {
         float columns[Tile::C], sums[Tile::R];
@@ -249,7 +253,7 @@ struct WideBackward {
         sum.template scan_item<true, true>(tile, queries + j * D, dnums + i * D, keys + j * D,
                                            values + j * D, columns, sums);
         sum_rows(tile, sums, parts + (j * Tile::warps + tile.warp) * D);
-        finish_value(t1 + i, own(dpres, i), sum_columns(tile, columns));
+        finish_value(t1 + i, i, sum_columns(tile, columns));
       }
       __syncthreads();
 #pragma unroll 1
@@ -264,14 +268,10 @@ struct WideBackward {
       rotation.move_back_to(t, u.position);
     }
   }
-  RECGRELA_DEVICE void finish_value(int64_t t, float dpre, float dv) {
+  RECGRELA_DEVICE void finish_value(int64_t t, int i, float dv) {
     if (f.conv_weight) {
-      dv += conv.taps[3 * D] * dpre;
 #pragma unroll
-      for (int r = 0; r < 3; ++r) dv += conv.taps[(2 - r) * D] * later[r];
-      later[2] = later[1];
-      later[1] = later[0];
-      later[0] = dpre;
+      for (int r = 0; r < 4; ++r) dv += conv.taps[(3 - r) * D] * own(dpres, i + r);
     }
     narrow(dv + grad_final_conv_of(p, u, tile.channel, t), row(p.dv, t));
   }
@@ -324,11 +324,18 @@ struct WideBackward {
       if (!kSums) {
         scan_keys(t1, count);
         if (!args.apart) sum.store(tile, total());
+        if (f.conv_weight) keep_first_dpres();
       }
       if (kSums || args.apart) sum_chunk(t1, count);
       y_base += y;
       y = 0.0f;
     }
+  }
+
+  // They are behind the chunk before, which is whole.
+  RECGRELA_DEVICE void keep_first_dpres() const {
+#pragma unroll
+    for (int r = 0; r < 3; ++r) own(dpres, kChunk + r) = own(dpres, r);
   }
 
   RECGRELA_DEVICE void finish() {

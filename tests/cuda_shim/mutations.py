@@ -102,8 +102,8 @@ MUTANTS: dict[str, Mutant] = {
         WIDE_TILE, "int w = 1; w < Tile::warps", "int w = 1; w + 1 < Tile::warps",
     ),
     "wide tile: pairs turned the other way": (WIDE_TILE, "(odd ? s : -s)", "(odd ? -s : s)"),
-    "wide tile: columns of another lane": (
-        WIDE_TILE, "column(warp * 32 + lane % 4 * C)", "column(warp * 32 + lane % 4 * C ^ 8)",
+    "wide tile: channel of another lane": (
+        WIDE_TILE, "channel(column + lane / 4)", "channel(column + (lane / 4 ^ 2))",
     ),
     "wide tile: convolution window shifted": (
         WIDE_TILE, "window[0] = window[1];", "window[0] = window[2];",
@@ -158,8 +158,10 @@ MUTANTS: dict[str, Mutant] = {
         WIDE_BACKWARD, "sum.load(tile, total()); WideAhead", "sum.clear(); WideAhead",
     ),
     "wide backward: convolution ends at the segment": (
-        WIDE_BACKWARD, "for (int r = 0; r < 3; ++r) later[r] = dpre_of",
-        "for (int r = 0; r < 0; ++r) later[r] = dpre_of",
+        WIDE_BACKWARD, "= dpre_of<S>(p, u, tile.channel, u.end + r);", "= 0.0f;",
+    ),
+    "wide backward: convolution ends at the chunk": (
+        WIDE_BACKWARD, "own(dpres, kChunk + r) = own(dpres, r);", "own(dpres, kChunk + r) = 0.0f;",
     ),
     "wide backward: a later segment's sum dropped": (
         WIDE_BACKWARD, "s = segment() + 1;", "s = segment() + 2;",

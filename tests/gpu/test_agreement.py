@@ -44,7 +44,7 @@ def test_other_head_dims(head_dim: int, dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_modes(options: dict[str, Any], head_dim: int, dtype: torch.dtype) -> None:
     """Padded, packed, with states, without parts."""
@@ -69,7 +69,7 @@ def test_long_modes(options: dict[str, Any], head_dim: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packed", [None, [65, 0, 7]], ids=["padded", "packed"])
-@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_layouts(
     layout: Callable[..., dict[str, Tensor]],
@@ -132,7 +132,7 @@ def test_empty(options: dict[str, Any]) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_padding_may_hold_anything(head_dim: int, dtype: torch.dtype) -> None:
     lengths = [70, 3, 0]
     problem = on_device(3, 70, D=head_dim, lengths=lengths, dtype=dtype)
@@ -221,7 +221,7 @@ def test_steps(options: dict[str, Any], head_dim: int, dtype: torch.dtype) -> No
     assert_agrees(problem, stepwise, backward=False)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("split", [0, 1, 64, 65, 129, 130])
 def test_prefill_then_steps_is_the_whole(split: int, head_dim: int) -> None:
     problem = on_device(2, 133, 2, head_dim, dtype=torch.float32, return_final_state=True)
@@ -238,7 +238,7 @@ def test_prefill_then_steps_is_the_whole(split: int, head_dim: int) -> None:
             assert_same_history(name, x, whole[name], (-2, -1))
 
 
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_padded_is_packed_is_one_by_one(head_dim: int) -> None:
     lengths = [300, 0, 1, 9]
     padded = on_device(4, 300, D=head_dim, lengths=lengths, dtype=torch.float32, state=True)

@@ -19,6 +19,8 @@ MODES: dict[str, dict[str, Any]] = {
     "short": {"B": 40, "L": 200, "H": 4, "D": 16},
     "long": {"B": 3, "L": 2000, "H": 2, "D": 16},
     "wide heads": {"B": 3, "L": 300, "H": 2, "D": 64},
+    "widest heads": {"B": 3, "L": 300, "H": 2, "D": 128},
+    "few wide sequences": {"B": 1, "L": 1000, "H": 1, "D": 128},
     "few sequences": {"B": 1, "L": 5000, "H": 1, "D": 32},
     "packed": {"packed": [200, 0, 1, 700, 64], "H": 4, "D": 16},
     "padded, with states": {
@@ -97,7 +99,7 @@ def test_graph_of_forward_and_backward(options: dict[str, Any], dtype: torch.dty
 
 
 @pytest.mark.parametrize("users", [1, 300])
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_graph_of_a_step(head_dim: int, users: int) -> None:
     """Five events of one state, the position advanced inside the graph."""
     problem = make_problem(users, 5, 4, head_dim, dtype=torch.float32).on(DEVICE)
