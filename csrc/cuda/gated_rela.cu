@@ -1,6 +1,5 @@
 // gated_rela: which kernel runs.
 #include "gated_rela.h"
-
 #include "mma.cuh"
 
 namespace recgrela::cuda {

@@ -91,16 +91,15 @@ RECGRELA_DEVICE Split split(float x, float y) {
 }
 
 // A [rows, columns] matrix of bfloat16 in shared memory, or the two parts of a float32 one. Eight
-// elements between rows let eight of them meet all banks; rows that are read one at a time need none.
+// elements between rows let eight of them meet all banks; rows that are read one at a time need
+// none.
 template <int Columns, int Gap = 8>
 struct SharedMatrix {
   static constexpr int pitch = Columns + Gap;
   static constexpr int bytes(int rows) { return rows * pitch * 2; }
   uint16_t* at;
 
-  RECGRELA_DEVICE uint16_t* element(int row, int column) const {
-    return at + row * pitch + column;
-  }
+  RECGRELA_DEVICE uint16_t* element(int row, int column) const { return at + row * pitch + column; }
   // A fragment of A whose first element is (row, column).
   RECGRELA_DEVICE void load_a(FragmentA& to, int row, int column, int lane) const {
     load_matrices(to, element(row + lane % 16, column + lane / 16 * 8));

@@ -1,8 +1,8 @@
-// gated_rela forward on tensor cores, for two-byte rows. Of kStep items at a time, with S the sum of
-// all before them:
+// gated_rela forward on tensor cores, for two-byte rows. Of kStep items at a time, with S the sum
+// of all before them:
 //   num = tril(Q K^T) V + Q S,   o = num / den,   y = SiLU(g) (o + a),   S += K^T V
-// Q and K are R phi(.), formed in float32; den comes from phi and its prefix sums, which are float32
-// throughout. Every other operand that is not a row as it came is two bfloat16 parts.
+// Q and K are R phi(.), formed in float32; den comes from phi and its prefix sums, which are
+// float32 throughout. Every other operand that is not a row as it came is two bfloat16 parts.
 //
 // A step has three barriers: its rows have come; they are mapped; their scores are there. The next
 // step's rows are on their way from the second one on. As in forward.cuh, a first launch (kSums)
@@ -39,7 +39,7 @@ struct MmaForward {
   Matrix raw_v, q_high, q_low, k_high, k_low, v_high, v_low;
   Square score_high, score_low;
   float *totals, *z, *scales, *conv;  // [warps, D], [D], [kStep], [5, D]: four taps and the bias
-  Turn* turns;  // [D / 2]
+  Turn* turns;                        // [D / 2]
   RunningFragments<Tile> sum;
 
   static constexpr int shared_bytes() {
@@ -70,9 +70,7 @@ struct MmaForward {
     }
     score_high = {arena.take<uint16_t>(Square::bytes(kStep))};
     score_low = {arena.take<uint16_t>(Square::bytes(kStep))};
-    const auto floats = [&](int count) {
-      return arena.take<float>(count * int(sizeof(float)));
-    };
+    const auto floats = [&](int count) { return arena.take<float>(count * int(sizeof(float))); };
     totals = floats(Tile::warps * D);
     z = floats(D);
     scales = floats(kStep);
@@ -359,7 +357,7 @@ struct MmaForward {
 };
 
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(MmaTile<S, D>::threads)
+__global__ void __launch_bounds__(MmaTile<S, D>::threads, 1)
     mma_forward_kernel(const __grid_constant__ MmaForwardArgs args) {
   MmaForward<S, D, kSums> block(args);
   block.start();

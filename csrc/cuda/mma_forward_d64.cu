@@ -1,5 +1,5 @@
-// gated_rela forward on tensor cores at head dim 64, in a file of its own so that files compile side
-// by side.
+// gated_rela forward on tensor cores at head dim 64, in a file of its own so that files compile
+// side by side.
 #include "mma_forward.cuh"
 
 namespace recgrela::cuda {

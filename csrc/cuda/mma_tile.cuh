@@ -1,9 +1,11 @@
 // What the tensor-core kernels of the forward and the backward share. A block owns one unit (one
 // sequence's head, or a segment of it) and goes over it kStep items at a time, in two phases:
 //
-//   element phase   a warp owns kStep / warps items, a lane E channels of their rows: phi, rotation,
+//   element phase   a warp owns kStep / warps items, a lane E channels of their rows: phi,
+//   rotation,
 //                   normaliser. The turned rows go to shared memory in two bfloat16 parts.
-//   matrix phase    a warp owns 16 value columns of everything that has them: of num, of the running
+//   matrix phase    a warp owns 16 value columns of everything that has them: of num, of the
+//   running
 //                   sum S, which stays in registers as the fragments of S^T, of out.
 //
 // The fragment of S^T a product leaves behind is the fragment of S the next one needs, so S goes
@@ -77,8 +79,8 @@ RECGRELA_DEVICE Rotation<Tile::E> rotation_at(const Tile& tile, const Turn* turn
   return rotation;
 }
 
-// Rows [t0, t0 + count) of a unit on their way to shared memory, zeros for those before the sequence
-// and from `end` on. An unaligned row is copied at once, element by element.
+// Rows [t0, t0 + count) of a unit on their way to shared memory, zeros for those before the
+// sequence and from `end` on. An unaligned row is copied at once, element by element.
 template <class Tile, class Matrix>
 RECGRELA_DEVICE void fetch(const Tile& tile, const Rows& rows, const Unit& u, int64_t t0, int count,
                            int64_t end, bool aligned, const Matrix& to) {
@@ -243,8 +245,7 @@ RECGRELA_DEVICE void causal_scores(const Tile& tile, const Matrix& q_high, const
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int t = 16 * m + tile.c.g + 8 * half;
-      const Split two =
-          split(s <= t ? sum[2 * half] : 0.0f, s + 1 <= t ? sum[2 * half + 1] : 0.0f);
+      const Split two = split(s <= t ? sum[2 * half] : 0.0f, s + 1 <= t ? sum[2 * half + 1] : 0.0f);
       *reinterpret_cast<uint32_t*>(high.element(t, s)) = two.high;
       *reinterpret_cast<uint32_t*>(low.element(t, s)) = two.low;
     }

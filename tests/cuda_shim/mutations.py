@@ -90,7 +90,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "backward: the normaliser's share of dq dropped": (BACKWARD, "+ ddens[j] * z[e])", ")"),
     "backward: a later segment's sum dropped": (BACKWARD, "s = segment + 1;", "s = segment + 2;"),
-    "mma: low parts of the second factor dropped": (MMA_TILE, "mma(c, a_high, b0_low, b1_low);", ""),
+    "mma: low parts of the second factor dropped": (
+        MMA_TILE, "mma(c, a_high, b0_low, b1_low);", "",
+    ),
     "mma: low parts of the keys dropped from S": (
         MMA_TILE, "mma(part[m], high.at[i], b_low[2 * m], b_low[2 * m + 1]);", "",
     ),

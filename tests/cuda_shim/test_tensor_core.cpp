@@ -60,7 +60,8 @@ double product_error() {
   return worst;
 }
 
-// How many elements of four 8 x 8 matrices are not where they belong: element number 64 m + 8 r + c.
+// How many elements of four 8 x 8 matrices are not where they belong: element number 64 m + 8 r +
+// c.
 int misplaced(bool transposed) {
   alignas(16) uint16_t memory[4][8][8];
   for (int i = 0; i < 256; ++i) memory[i / 64][i / 8 % 8][i % 8] = uint16_t(i);
