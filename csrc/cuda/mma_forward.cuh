@@ -357,7 +357,7 @@ struct MmaForward {
 };
 
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(MmaTile<S, D>::threads, 1)
+__global__ void __launch_bounds__(MmaTile<S, D>::threads, D == 128 ? 1 : 0)
     mma_forward_kernel(const __grid_constant__ MmaForwardArgs args) {
   MmaForward<S, D, kSums> block(args);
   block.start();

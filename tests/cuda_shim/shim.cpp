@@ -53,6 +53,7 @@ struct Copy {
 constexpr int kCopied = 16;
 
 Order order = Order::kForward;
+bool one_warp_at_a_time = false;
 std::mt19937 generator;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
@@ -127,6 +128,27 @@ bool open_barrier(unsigned threads) {
   return true;
 }
 
+// Each ready thread among these once; whether there was one.
+bool resume_ready(unsigned first, unsigned count) {
+  bool moved = false;
+  for (unsigned t : in_order(count)) {
+    if (fibers[first + t]->state != State::kReady) continue;
+    resume(first + t);
+    moved = true;
+  }
+  return moved;
+}
+
+// All warps a little, or each as far as it gets: one that waits too little for others shows there.
+bool resume_all(unsigned threads) {
+  if (!one_warp_at_a_time) return resume_ready(0, threads);
+  bool moved = false;
+  for (unsigned warp : in_order(threads / kLanes)) {
+    while (resume_ready(warp * kLanes, kLanes)) moved = true;
+  }
+  return moved;
+}
+
 void run_block(unsigned threads, std::size_t shared_bytes) {
   const float nan = std::nanf("");
   // Exactly as large as asked for, so that AddressSanitizer sees an access behind it.
@@ -139,14 +161,9 @@ void run_block(unsigned threads, std::size_t shared_bytes) {
   shared_start = shared.data();
   start(threads);
   for (;;) {
-    bool moved = false, done = true;
-    for (unsigned t : in_order(threads)) {
-      if (fibers[t]->state == State::kReady) {
-        resume(t);
-        moved = true;
-      }
-      done = done && fibers[t]->state == State::kDone;
-    }
+    const bool moved = resume_all(threads);
+    bool done = true;
+    for (unsigned t = 0; t < threads; ++t) done = done && fibers[t]->state == State::kDone;
     if (done) break;
     if (!moved && !open_barrier(threads)) stop("a barrier never fills");
   }
@@ -159,6 +176,7 @@ void run_block(unsigned threads, std::size_t shared_bytes) {
 
 void set_order(Order wanted, unsigned seed) {
   order = wanted;
+  one_warp_at_a_time = wanted == Order::kReverse || (wanted == Order::kShuffled && seed % 2 == 1);
   generator.seed(seed);
 }
 
