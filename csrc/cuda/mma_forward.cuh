@@ -356,8 +356,10 @@ struct MmaForward {
   }
 };
 
+// Saying one block a multiprocessor keeps ptxas from spilling at D 128; at D 64 it stays at 128
+// registers, four blocks, by itself.
 template <class S, int D, bool kSums>
-__global__ void __launch_bounds__(MmaTile<S, D>::threads)
+__global__ void __launch_bounds__(MmaTile<S, D>::threads, D == 128 ? 1 : 0)
     mma_forward_kernel(const __grid_constant__ MmaForwardArgs args) {
   MmaForward<S, D, kSums> block(args);
   block.start();

@@ -31,7 +31,8 @@ struct Index {
 };
 extern Index thread_index, block_index, block_size, grid_size;
 
-// In which order threads run between barriers, and blocks one after another.
+// In which order threads run between barriers, and blocks one after another. Reversed, and shuffled
+// by an odd seed, a warp runs as far as it gets before the next one does.
 enum class Order { kForward, kReverse, kShuffled };
 void set_order(Order order, unsigned seed);
 

@@ -153,9 +153,16 @@ def test_padding_may_hold_anything(head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("where", [*ROWS, "kv", "k_sum", "conv"])
 @pytest.mark.parametrize("packed", [None, [70, 9, 70]], ids=["padded", "packed"])
-def test_nan_stays_with_its_user(where: str, packed: list[int] | None) -> None:
-    options: dict[str, Any] = {"state": True, "return_final_state": True, "dtype": torch.float32}
-    problem = on_device(3, 70, packed=packed, **options)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(16, torch.float32), (64, torch.bfloat16), (128, torch.float16)],
+    ids=str,
+)
+def test_nan_stays_with_its_user(
+    where: str, packed: list[int] | None, head_dim: int, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"state": True, "return_final_state": True, "dtype": dtype}
+    problem = on_device(3, 70, D=head_dim, packed=packed, **options)
     sick = problem.map_floats(torch.clone, torch.clone)
     x = sick.leaves()[where]
     per_user = packed is None or where not in ROWS
@@ -173,9 +180,12 @@ def test_nan_stays_with_its_user(where: str, packed: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[70, 99, 5], [70, -3, 5], [70, 2**40, 5]])
-def test_malformed_lengths(lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(16, torch.float32), (64, torch.bfloat16)], ids=str
+)
+def test_malformed_lengths(lengths: list[int], head_dim: int, dtype: torch.dtype) -> None:
     """NaN for that sequence alone, nothing read or written out of bounds."""
-    problem = on_device(3, 70, D=16, dtype=torch.float32, return_final_state=True)
+    problem = on_device(3, 70, D=head_dim, dtype=dtype, return_final_state=True)
     given = problem.but(lengths=torch.tensor(lengths, device=DEVICE))
     if DRY_RUN:  # values on the CPU are checked before a kernel runs
         with pytest.raises(ValueError, match=r"^gated_rela: lengths must"):
