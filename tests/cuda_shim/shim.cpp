@@ -53,7 +53,7 @@ struct Copy {
 constexpr int kCopied = 16;
 
 Order order = Order::kForward;
-bool one_warp_at_a_time = false;
+bool one_warp_at_a_time = true;
 std::mt19937 generator;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
