@@ -252,7 +252,10 @@ class UserStateStore:
         return Evicted(ids, state, seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything into one safetensors file, which appears whole or not at all."""
+        """Write everything into one safetensors file, which appears whole or not at all.
+
+        Raises OSError when the disk refuses; what was there stays.
+        """
         from .store_file import save
 
         save(self, path)

@@ -51,7 +51,10 @@ def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
     }
     path = Path(path)
     with _replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
+        try:
+            save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
+        except SafetensorError as error:  # its only reason here: the disk
+            raise OSError(f"UserStateStore.save: {path} must be writable: {error}") from None
 
 
 def load(

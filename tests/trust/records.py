@@ -8,10 +8,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from recgrela_ext import __version__
-
 FOLDER = Path(__file__).with_name("results")
 
 
@@ -31,6 +27,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What a result depends on, beside the commit it lies in."""
+    import torch
+
+    from recgrela_ext import __version__
+
     return {
         "recgrela_ext": __version__,
         "python": platform.python_version(),

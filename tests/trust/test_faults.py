@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -194,7 +195,7 @@ def test_a_torn_checkpoint_is_told_and_passed_over(tmp_path: Path) -> None:
 
 def test_clock_going_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Order of use, order of checkpoints and minutes of training never read the wall clock."""
-    clock = iter(range(10**6, 0, -1000))
+    clock = itertools.count(10**6, -1000)
     back: Callable[[], float] = lambda: float(next(clock))  # noqa: E731
     monkeypatch.setattr(time, "time", back)
     monkeypatch.setattr(time, "time_ns", lambda: int(back() * 1e9))
