@@ -26,8 +26,8 @@ def section(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        for model, best in result["best"].items():
-            lines.append(_row(result, model, best))
+        for model in sorted(result["best"]):
+            lines.append(_row(result, model, result["best"][model]))
     return "\n".join([*lines, "", *(_conditions(result) for result in results)])
 
 

@@ -103,7 +103,7 @@ def chosen_rate(runs: list[dict[str, Any]], model: str, seed: int) -> float:
 def summary(runs: list[dict[str, Any]], first_seed: int) -> dict[str, Any]:
     """Per model the chosen learning rate and its mean test figures."""
     told = {}
-    for model in {one["model"] for one in runs}:
+    for model in sorted({one["model"] for one in runs}):
         lr = chosen_rate(runs, model, first_seed)
         chosen = [one for one in runs if (one["model"], one["lr"]) == (model, lr)]
         told[model] = {
