@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.memory_models import CANDIDATES, stored_bytes
 from benchmarks.memory_quality import METRICS, OURS
+from benchmarks.peers import Missing
 from benchmarks.records import Target, duration
 
 NOT_YET = "Not measured yet. `python -m benchmarks memory` measures it."
@@ -88,13 +89,15 @@ def section(folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def kept_bytes(figures: Figures, name: str, length: int) -> int:
-    """As its point counted them; reckoned where a point could not be done. Mamba's package need not
-    be there."""
-    found = figures.get("memory", "event", name, length)
-    if found is None or "state" not in found:
-        found = stored_bytes(CANDIDATES[name], length)
-    return int(found["ids"] + found["state"])
+def kept(figures: Figures, name: str, length: int) -> str:
+    """Reckoned; as its point counted them where the peer's package is not there."""
+    try:
+        found: Found = stored_bytes(CANDIDATES[name], length)
+    except Missing as reason:
+        found = figures.get("memory", "event", name, length) or {}
+        if "state" not in found:
+            return str(reason)
+    return size(found["ids"] + found["state"])
 
 
 def models(figures: Figures) -> str:
@@ -106,11 +109,11 @@ def models(figures: Figures) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, candidate in CANDIDATES.items():
-        kept = (size(kept_bytes(figures, name, n)) for n in (200, 1_000_000))
+        bytes_kept = (kept(figures, name, n) for n in (200, 1_000_000))
         peaks = (_peak(figures.get("memory", "event", name, n)) for n in (200, 1_000_000))
         lengths = (200, 2_000, 1_000_000)
         times = (_time(figures.get("latency", "event", name, n)) for n in lengths)
-        cells = [candidate.label, *kept, *peaks, *times, _rebuild(figures, name)]
+        cells = [candidate.label, *bytes_kept, *peaks, *times, _rebuild(figures, name)]
         cells.append(_ndcg(figures.content.get("quality", {}), name))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -229,8 +229,8 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
 def test_readme_is_written_from_the_results() -> None:
     """What is committed there is what the committed results say."""
     text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    for name in readme.SECTIONS:
-        assert readme.text_of(name, readme.RESULTS) in text, f"run {readme.COMMAND}"
+    for name, text_of in readme.SECTIONS.items():
+        assert text_of(readme.RESULTS) in text, f"run {readme.COMMAND}"
 
 
 def test_served_states_see_the_whole_history() -> None:
