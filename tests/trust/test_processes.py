@@ -140,7 +140,7 @@ def test_copies_of_modules(copied: Any) -> None:
         other = copied(module)
         assert torch.equal(other(x), module(x))
         assert other.state_dict().keys() == module.state_dict().keys()
-    rank = AdaptiveRankModulator(16, 2)
+    rank = AdaptiveRankModulator(16)
     other = copied(rank)
     for a, b in zip(other.parameters(), rank.parameters(), strict=True):
         assert torch.equal(a, b)
