@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 STACKS := recbole rectools replay torchrec hub
 STACK_ENV := build/integrations
 
-.PHONY: fuzz matrix pins audit sbom test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
+.PHONY: fuzz matrix audit sbom test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
 	test-integrations test-distributed $(STACKS:%=test-%)
 
 test: $(INSTALLED) ctest
@@ -60,15 +60,12 @@ fuzz: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.matrix $(MATRIX)
 
-# Versions and hashes of CI's tools; what is installed, checked against known weaknesses; its list.
+# What is installed, checked against known weaknesses; its list.
 TOOLS := build/tools
 $(TOOLS)/stamp:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install -q pip-tools pip-audit cyclonedx-bom
+	$(TOOLS)/bin/python -m pip install -q pip-audit cyclonedx-bom
 	@touch $@
-pins: $(TOOLS)/stamp
-	$(TOOLS)/bin/pip-compile -q --generate-hashes --strip-extras --no-header --no-emit-index-url \
-	  --no-emit-find-links -o ci-constraints.txt ci-tools.in
 audit: $(TOOLS)/stamp $(INSTALLED)
 	$(PIP) freeze --exclude-editable >build/installed.txt
 	$(TOOLS)/bin/pip-audit -r build/installed.txt --no-deps --disable-pip

@@ -32,6 +32,23 @@ ForwardResult gated_rela_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor gate, 
 using BackwardResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// gated_rela under the name `op`, which stands in error messages, and its backward: each room has
+// one of each, and rela runs them too.
+using RunForward = ForwardResult(const char* op, Tensor q, Tensor k, Tensor v, OptionalTensor gate,
+                                 Tensor inv_freq, OptionalTensor conv_weight,
+                                 OptionalTensor conv_bias, OptionalTensor lengths,
+                                 OptionalTensor cu_seqlens, OptionalTensor kv, OptionalTensor k_sum,
+                                 OptionalTensor conv, OptionalTensor position, double eps,
+                                 bool return_final_state, bool save_for_backward);
+using RunBackward = BackwardResult(const char* op, Tensor grad_out, OptionalTensor grad_kv,
+                                   OptionalTensor grad_k_sum, OptionalTensor grad_conv, Tensor q,
+                                   Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq,
+                                   OptionalTensor conv_weight, OptionalTensor conv_bias,
+                                   OptionalTensor lengths, OptionalTensor cu_seqlens,
+                                   OptionalTensor kv, OptionalTensor k_sum, OptionalTensor conv,
+                                   OptionalTensor position, Tensor saved_kv, Tensor saved_k_sum,
+                                   double eps, bool state_grad);
+
 BackwardResult gated_rela_backward_cpu(
     Tensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, OptionalTensor grad_conv,
     Tensor q, Tensor k, Tensor v, OptionalTensor gate, Tensor inv_freq, OptionalTensor conv_weight,
