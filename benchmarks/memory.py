@@ -15,7 +15,6 @@ import ast
 import hashlib
 import json
 import multiprocessing
-import os
 import resource
 import signal
 import sys
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import forgetting, machine, memory_point, memory_quality, peers
 from benchmarks.memory_models import CANDIDATES
+from benchmarks.store import write_json
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -234,9 +234,7 @@ class Results:
     def save(self) -> None:
         if self.path is None:
             return
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        write_json(self.path, self.content)
 
 
 def source_key() -> str:

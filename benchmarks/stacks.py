@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import fcntl
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.stack_trainers import DEFAULTS, PACKAGES, TRAINERS, Settings
+from benchmarks.store import write_json
 from recgrela_ext import evaluate
 from recgrela_ext.data import Interactions
 from recgrela_ext.evaluation.result import machine_info
@@ -133,12 +133,6 @@ def epoch_seconds(options: argparse.Namespace, train: Any) -> dict[str, Any]:
     return {**medians, "clock": clock.__name__}
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
@@ -157,7 +151,7 @@ def main() -> None:
                 return
             found = run(options, splits, model, lr, seed)
             result["runs"].append(found)
-            write(path, result)
+            write_json(path, result)
             test, seconds = found["test"], statistics.median(found["epoch_seconds"])
             print(
                 f"{len(result['runs'])}: {model} lr {lr} seed {seed}: "
@@ -176,7 +170,7 @@ def main() -> None:
         result["best"] = summary(result["runs"], first)
         if options.time:
             result["seconds_per_epoch"] = epoch_seconds(options, splits[0])
-        write(path, result)
+        write_json(path, result)
 
 
 if __name__ == "__main__":

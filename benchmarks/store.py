@@ -11,6 +11,14 @@ from benchmarks import machine
 from benchmarks.records import Record
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Atomically: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
 class Results:
     """`content` is {schema, device, commit, library, date, quick, machine, bandwidth, left_out:
     {name: reason}, rows: {name: {key, date, seconds, records: [...]}}}. A row is done when this
@@ -57,12 +65,6 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Atomically: a reader sees the old file or the whole new one."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        part.write_text(
-            json.dumps(self.content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(part, self.path)
+        write_json(self.path, self.content)
