@@ -261,7 +261,7 @@ def run_mutant(name: str, base: Path, scratch: Path) -> str:
     file, old, new = MUTANTS[name]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tree = Path(folder)
-        shutil.copytree(ROOT / "csrc/cuda", tree / "csrc/cuda")
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
         shutil.copytree(ROOT / "tests/cuda_shim", tree / "tests/cuda_shim")
         path = tree / "csrc/cuda" / file
         text = path.read_text(encoding="utf-8")
