@@ -1,6 +1,9 @@
 """Compiles csrc/cuda with nvcc for every architecture and judges what ptxas says of each kernel.
 
     python tests/cuda_shim/check_ptxas.py [arch ...]        for instance: 9.0
+    NVCC_APPEND_FLAGS=-Xptxas=-v pip wheel -v . >build.log; python tests/cuda_shim/check_ptxas.py build.log
+
+The second form compiles nothing: it reads what a build has printed.
 
 No kernel may spill registers or use local memory, but for those named below, each with its limit.
 Prints one line a kernel and architecture; exits with 1 where one breaks the rule. No GPU is needed.
@@ -77,28 +80,45 @@ def judge(text: str) -> list[tuple[str, str, int, int, int, bool]]:
     return found
 
 
-def main() -> int:
-    if sys.argv[1:]:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(sys.argv[1:])
+def report(text: str) -> tuple[int, int]:
+    """Prints a line per kernel and architecture; how many there are, and how many break the rule."""
+    verdicts = judge(text)
+    for name, arch, registers, stack, spilled, allowed in verdicts:
+        print(f"  {'ok  ' if allowed else 'FAIL'} sm_{arch} {name}: {registers} registers, "
+              f"{stack} bytes of stack, {spilled} spilled", flush=True)  # fmt: skip
+    return len(verdicts), sum(not verdict[-1] for verdict in verdicts)
+
+
+def compile_all(archs: list[str]) -> tuple[int, int]:
+    if archs:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(archs)
     os.environ.setdefault("RECGRELA_CUDA", "1")
     toolkit = find_toolkit(True)
     assert toolkit is not None
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    start, broken = time.monotonic(), 0
+    start, kernels, broken = time.monotonic(), 0, 0
     with (
         tempfile.TemporaryDirectory() as folder,
         concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         jobs = pool.map(lambda s: compile_one(s, toolkit, Path(folder)), sources)
         for source, (text, seconds) in zip(sources, jobs, strict=True):
-            print(f"{source.name}: {seconds:.0f} s", flush=True)
-            for name, arch, registers, stack, spilled, allowed in judge(text):
-                word = "ok  " if allowed else "FAIL"
-                broken += not allowed
-                print(f"  {word} sm_{arch} {name}: {registers} registers, {stack} bytes of stack, "
-                      f"{spilled} spilled")  # fmt: skip
-    wall = time.monotonic() - start
-    print(f"architectures {' '.join(toolkit.archs)}: {wall:.0f} s, {broken} kernels break the rule")
+            print(f"{source.name}: {seconds:.0f} s")
+            found, wrong = report(text)
+            kernels, broken = kernels + found, broken + wrong
+    print(f"architectures {' '.join(toolkit.archs)}: {time.monotonic() - start:.0f} s")
+    return kernels, broken
+
+
+def main() -> int:
+    log = Path(sys.argv[1]) if len(sys.argv) == 2 else None
+    if log and log.is_file():
+        kernels, broken = report(demangled(log.read_text(encoding="utf-8", errors="replace")))
+    else:
+        kernels, broken = compile_all(sys.argv[1:])
+    if kernels == 0:
+        raise SystemExit("ptxas said nothing: was -Xptxas=-v given?")
+    print(f"{kernels} kernels, {broken} break the rule")
     return 1 if broken else 0
 
 
