@@ -89,10 +89,12 @@ void check_backward(const Case& c, const reference::Problem& p, Run& run) {
   if (p.W > 1) dense("dconv", run.dconv, expected.conv, C);
 }
 
+int races_before = 0;
+
 void expect_no_race(const std::string& name) {
-  static int before = 0;
-  if (races::watched) expect(races::found() == before, name, "no two threads race", 0);
-  before = races::found();
+  const int more = races::found() - races_before;
+  if (races::watched) expect(more == 0, name, "no two threads race", more);
+  races_before = races::found();
 }
 
 void run_case(const Case& c, unsigned seed) {
@@ -214,6 +216,7 @@ void check_malformed() {
   }
   check_malformed(64, DType::kBFloat16, Layout::kPadded, 2, 1000000000, {2});
   check_malformed(64, DType::kBFloat16, Layout::kPacked, 2, 3, {0, 1, 2});
+  races_before = races::found();  // where broken offsets overlap, NaN is written twice
 }
 
 // NaN, infinity and huge numbers of one user change no bit of another's.
@@ -249,6 +252,7 @@ void check_sick_user(DType dtype, int64_t D) {
       expect(changed == 0, c.name, "the others keep their bits", sick);
     }
   }
+  expect_no_race(c.name);
 }
 void check_sick_users() {
   check_sick_user(DType::kBFloat16, 64);
