@@ -94,14 +94,16 @@ gpu-build: gpu-ready
 gpu-test: gpu-ready
 	RECGRELA_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/gpu
 
-# Exact allocations, so that a byte past a tensor's end is seen.
+# Exact allocations, so that a byte past a tensor's end is seen. Every kind of kernel: units within a
+# warp, shared by a block, on tensor cores, generic.
 SANITIZE := --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/gpu/test_agreement.py -k
+SANITIZED := (test_modes or test_steps) and 16-torch.float32 or test_modes and (packed-64-torch or packed-128-torch)
 gpu-sanitize: gpu-ready
 	@command -v compute-sanitizer >/dev/null || { echo "make gpu: compute-sanitizer was not found"; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 RECGRELA_REQUIRE_GPU=1 compute-sanitizer --tool memcheck \
-	  $(SANITIZE) "malformed or 16-padded-torch.float32 or ((test_modes or test_steps) and 16-torch.float32)"
+	  $(SANITIZE) "malformed or 16-padded-torch.float32 or $(SANITIZED)"
 	RECGRELA_REQUIRE_GPU=1 compute-sanitizer --tool racecheck \
-	  $(SANITIZE) "(test_modes or test_steps) and 16-torch.float32"
+	  $(SANITIZE) "$(SANITIZED)"
 
 gpu-bench: gpu-ready
 	$(PYTHON) -m benchmarks cuda

@@ -64,9 +64,14 @@ RECGRELA_DEVICE uint16_t float_to_half(float x) {
   return bits;
 }
 RECGRELA_DEVICE uint16_t float_to_bfloat16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7fff : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#else
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
+#endif
 }
 RECGRELA_DEVICE float exp2_approx(float x) {
   float y;
@@ -282,15 +287,20 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_b
   shim::run(blocks, threads, shared_bytes, [&] { kernel(params); });
   return 0;
 #else
+  if (blocks > INT32_MAX) return int(cudaErrorInvalidConfiguration);  // a grid has no more
   const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return int(error);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_bytes));
   }
-  void* arguments[] = {&params};
-  return int(cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments,
-                              size_t(shared_bytes), static_cast<cudaStream_t>(stream)));
+  if (error == cudaSuccess) {
+    void* arguments[] = {&params};
+    error = cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments,
+                             size_t(shared_bytes), static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // told here, and to nobody else later on
+  return int(error);
 #endif
 }
 

@@ -8,7 +8,8 @@
 namespace recgrela::cuda {
 namespace {
 
-constexpr int kStepWarps = 4;  // per block
+constexpr int kStepWarps = 4;  // per block; one where rows are so wide that four take too much
+constexpr int64_t kWide = 512;
 
 struct StepArgs {
   GatedRelaStepParams p;
@@ -152,12 +153,13 @@ struct Step {
   }
 };
 
+// Naming the blocks a multiprocessor is to hold keeps ptxas from spilling for sm_120.
 template <class S, int kD>
-__global__ void __launch_bounds__(kStepWarps* kWarp)
+__global__ void __launch_bounds__(kStepWarps* kWarp, kD >= 32 ? 5 : 0)
     step_kernel(const __grid_constant__ StepArgs args) {
   const GatedRelaStepParams& p = args.p;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int64_t unit = int64_t(blockIdx.x) * kStepWarps + warp;
+  const int64_t unit = int64_t(blockIdx.x) * (p.D > kWide ? 1 : kStepWarps) + warp;
   if (unit >= p.B * p.H) return;  // a whole warp, which shares no barrier
   const int64_t b = unit / p.H, h = unit % p.H;
   if (p.active && !p.active[b]) {
@@ -179,9 +181,10 @@ __global__ void __launch_bounds__(kStepWarps* kWarp)
 
 template <class S, int kD>
 int run(const GatedRelaStepParams& p, Stream stream) {
-  const int64_t blocks = (p.B * p.H + kStepWarps - 1) / kStepWarps;
-  return launch(step_kernel<S, kD>, blocks, kStepWarps * kWarp,
-                kStepWarps * StepRows<Accumulate<S>>::bytes(p.D), stream, StepArgs{p});
+  const int warps = p.D > kWide ? 1 : kStepWarps;
+  const int64_t blocks = (p.B * p.H + warps - 1) / warps;
+  return launch(step_kernel<S, kD>, blocks, warps * kWarp,
+                warps * StepRows<Accumulate<S>>::bytes(p.D), stream, StepArgs{p});
 }
 
 template <class S>

@@ -33,7 +33,7 @@ void check_launch(const char* op, int error) {
 }
 
 void check_width(const char* op, const Dims& d) {
-  const int64_t most = d.acc == ScalarType::Double ? 2048 : 4096;
+  const int64_t most = d.acc == ScalarType::Double ? 1024 : 2048;
   RECGRELA_CHECK(d.D <= most, op, ": q must have a last dimension of at most ", most,
                  " on CUDA, got ", d.D);
 }

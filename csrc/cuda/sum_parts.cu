@@ -17,7 +17,8 @@ struct SumArgs {
 // A block sums 32 columns; each of its 32 rows of threads takes every 32nd part. In double: the
 // sums are over all items of a batch.
 template <class A>
-__global__ void sum_kernel(SumArgs<A> args) {
+__global__ void __launch_bounds__(kColumns* kLanes)
+    sum_kernel(const __grid_constant__ SumArgs<A> args) {
   double* sums = reinterpret_cast<double*>(shared_memory());
   const int lane = int(threadIdx.x) % kColumns, first = int(threadIdx.x) / kColumns;
   const int64_t column = int64_t(blockIdx.x) * kColumns + lane;

@@ -40,6 +40,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
 unsigned char* shared_memory();
 
 void block_barrier();
+void warp_barrier();
 // What every lane of the warp deposits, to be read until its next but one collective.
 struct Deposit {
   uint64_t at[3];
@@ -83,7 +84,7 @@ void need_full_mask(unsigned mask);
 inline void __syncthreads() { shim::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   shim::need_full_mask(mask);
-  shim::exchange(0, shim::thread_index.x % 32);
+  shim::warp_barrier();
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {

@@ -2,9 +2,8 @@
 
     python tests/cuda_shim/mutations.py [word in the mutants' names ...] [2/3: the second third]
 
-A mutant that stays green is an error, as is one whose place in the source is gone. Four barriers of
-the backward and one of the step have no mutant: shuffles stand between the accesses they order, and
-the shim, unlike a GPU, orders memory at a shuffle too.
+A mutant that stays green is an error, as is one whose place in the source is gone. Barriers that
+change no number here, because shuffles stand between the accesses they order, are in races.py.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DRECGRELA_CUDA_SHIM"]
 FLAGS += ["-Itests/cuda_shim", "-Icsrc", "-x", "c++"]
+KERNEL_FLAGS: list[str] = []  # of races.py
 # The text that goes from a file under csrc/cuda, and what comes in its place; any white space
 # matches any other.
 Mutant = tuple[str, str, str]
@@ -237,7 +237,8 @@ def includes(source: Path, folder: Path) -> set[str]:
 
 
 def compile_one(source: str, tree: Path, target: Path) -> None:
-    command = [os.environ.get("CXX", "g++"), *FLAGS, "-c", source, "-o", str(target)]
+    flags = [*FLAGS, *(KERNEL_FLAGS if source.endswith(".cu") else ())]
+    command = [os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", str(target)]
     subprocess.run(command, cwd=tree, check=True)
 
 

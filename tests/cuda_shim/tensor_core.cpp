@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "cuda_runtime.h"
+#include "races.h"
 
 namespace shim {
 
@@ -65,6 +66,7 @@ void ldmatrix(uint32_t (&to)[4], const uint16_t* row, bool transposed) {
   }
   Deposit own;
   std::memcpy(own.at, row, 16);
+  races::access(row, 16, false);
   const Deposit* lanes = gather(own);
   const int lane = int(thread_index.x) % kLanes;
   for (int matrix = 0; matrix < 4; ++matrix) {
