@@ -45,8 +45,8 @@ struct BackwardTile : WarpTile<D, 2> {
 template <class S, int D, bool kSums>
 struct Backward {
   using Tile = BackwardTile<D>;
-  // T: items that share a barrier and are read ahead together.
-  static constexpr int E = 2, T = D <= 16 && kTwoBytes<S> ? 4 : 2, R = Tile::R;
+  // T: items that share a barrier and are read ahead together; at D 32 two of them spill.
+  static constexpr int E = 2, T = D == 32 ? 1 : D < 32 && kTwoBytes<S> ? 4 : 2, R = Tile::R;
 
   const BackwardArgs& args;
   const GatedRelaBackwardParams& p;
