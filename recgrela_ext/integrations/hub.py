@@ -44,7 +44,7 @@ _MODES = {
 
 
 class RecGRELA(PyTorchModelHubMixin, Model):
-    """`recgrela_ext.RecGRELA` with the mixin's `save_pretrained`, `push_to_hub`, `from_pretrained`."""
+    """`recgrela_ext.RecGRELA` with the mixin's `save_pretrained` and `push_to_hub`."""
 
     @classmethod
     def from_model(cls, model: Model) -> RecGRELA:
@@ -61,24 +61,28 @@ class RecGRELA(PyTorchModelHubMixin, Model):
         persistence.save_pretrained(self, save_directory)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    def from_pretrained(  # type: ignore[override]  # its first name is the mixin's
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        **options: Any,
     ) -> RecGRELA:
         """The model of a folder or of a repository on the Hub, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: the folder, or "owner/name".
-            options: `device` (also as `map_location`), and for the Hub those of the mixin:
-                `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
+            device: also as `map_location`.
+            options: for the Hub, the mixin's `revision`, `cache_dir`, `token`, `force_download`
+                and `local_files_only`.
 
         Raises:
             CheckpointError: files that are missing, torn, mixed or of another model.
         """
         name = str(pretrained_model_name_or_path)
         if os.path.isdir(name):
-            return cls._from_pretrained(model_id=name, **options)
+            return cls._from_pretrained(model_id=name, device=device, **options)
         try:
-            found = super().from_pretrained(name, **options)
+            found = super().from_pretrained(name, device=device, **options)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
             raise CheckpointError(  # the mixin reads it first, and raises what json raises
                 f"{name}: {persistence.CONFIG_FILE} must be a JSON object: {error}"

@@ -35,15 +35,15 @@ from recgrela_ext.integrations.published import published_state_dict, read_check
 
 _KEYS = {"dropout_prob": "dropout"}
 _KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}
-_SAVED = {"epoch": int, "cur_step": int, "best_valid_score": (int, float),
-          "state_dict": Mapping, "optimizer": Mapping}  # fmt: skip
+_SAVED: dict[str, Any] = {"epoch": int, "cur_step": int, "best_valid_score": (int, float),
+                          "state_dict": Mapping, "optimizer": Mapping}  # fmt: skip
 
 
 class RecGRELA(SequentialRecommender):
     """The model behind RecBole's three methods.
 
     Raises:
-        ValueError: ``mode`` or ``loss_type`` is unknown, BPR has no negatives, or a size cannot work.
+        ValueError: ``mode`` or ``loss_type`` is unknown, BPR lacks negatives, a size cannot work.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -152,6 +152,7 @@ class SafeTrainer(Trainer):
     def _load(self, weights: Any, saved: dict[str, Any], path: Any) -> None:
         other = saved.get("other_parameter")
         if not isinstance(other, (Mapping, type(None))):
-            raise CheckpointError(f"SafeTrainer: {path} must hold plain other_parameter, got object")
+            got = type(other).__name__
+            raise CheckpointError(f"SafeTrainer: {path} must hold other_parameter, got {got}")
         self.model.load_other_parameter(other)  # first: it may refuse the weights
         self.model.load_state_dict(weights)

@@ -110,7 +110,7 @@ class RecGRELA(nn.Module):
         return F.cross_entropy(logits, first, reduction="sum") * share, hidden
 
     def _check(self, batch: KeyedJaggedTensor) -> None:
-        """TorchRec reads ids beyond the table as row 0, and lengths that differ shift all rows."""
+        """Ids beyond a sharded table are read as row 0, and lengths that differ shift all rows."""
         if not set(KEYS) <= set(batch.keys()):
             raise ValueError(f"RecGRELA: batch must have the keys {KEYS}, got {batch.keys()}")
         if not values_are_checked(batch.values()):
@@ -181,7 +181,8 @@ def shard_by_rows(
 
     Raises:
         TypeError: the model is not this module's `RecGRELA`.
-        ValueError: a rate is negative or not finite.
+        ValueError: a rate is negative or not finite, or a process would hold no row of the table,
+            which TorchRec does not do.
     """
     if not isinstance(model, RecGRELA):
         got = type(model).__name__
@@ -189,6 +190,12 @@ def shard_by_rows(
     for name, rate in (("table_lr", table_lr), ("lr", lr)):
         if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
             raise ValueError(f"shard_by_rows: {name} must be a finite rate, got {rate!r}")
+    rows, processes = model.config.rows, dist.get_world_size()
+    if rows <= -(-rows // processes) * (processes - 1):  # equal blocks, the last one shorter
+        raise ValueError(
+            "shard_by_rows: n_items must give every process a block of rows, "
+            f"got {rows} rows for {processes} processes"
+        )
     _apply_optimizer_in_backward(RowWiseAdagrad, model.tables.parameters(), {"lr": table_lr})
     sharder: Any = EmbeddingCollectionSharder()
     device = torch.device(device)

@@ -145,7 +145,7 @@ def test_checkpoints_of_another_model_or_torn(tmp_path: Path) -> None:
     for changes in ({"num_heads": 4}, {"causal": False}, {"hidden_size": 32}):
         other = RecGRELA(model.config.replace(**changes))
         (name,) = changes
-        with pytest.raises(CheckpointError, match=f"{name} must be .*, as in .*, got"):
+        with pytest.raises(CheckpointError, match=rf"{name} must be .*, as in .*, got"):
             load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()))
     with pytest.raises(CheckpointError, match="must hold this model and optimizer whole, got"):
         load_checkpoint(tmp_path, model, torch.optim.SGD(model.parameters(), momentum=0.9))
@@ -189,7 +189,7 @@ def test_the_newest_step_is_never_taken_away(tmp_path: Path) -> None:
     (tmp_path / "step-by-step").mkdir()
     (tmp_path / "step-by-step" / ".metadata").touch()
     assert load_checkpoint(tmp_path, model, optimizer) == 1_000_000_000
-    with pytest.raises(ValueError, match="step must be an int of at least 1000000000, .* got 3"):
+    with pytest.raises(ValueError, match=r"step must be an int of at least 1000000000, .* got 3"):
         save_checkpoint(tmp_path, 3, model, optimizer)
 
 
@@ -215,7 +215,7 @@ def test_mistakes(tmp_path: Path) -> None:
         train_step(model, optimizer, [(item_seq, None, torch.zeros_like(targets))])
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         save_checkpoint(tmp_path, 1, model, optimizer, keep=0)
-    with pytest.raises(ValueError, match="step must be an int of at least 0, .* got -1"):
+    with pytest.raises(ValueError, match=r"step must be an int of at least 0, .* got -1"):
         save_checkpoint(tmp_path, -1, model, optimizer)
     for clip in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="clip must be positive and finite, got"):

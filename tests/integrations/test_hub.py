@@ -133,7 +133,7 @@ def test_config_that_is_none(
     RecGRELA.from_model(trained).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(config)
     monkeypatch.setattr(mixin, "hf_hub_download", lambda **_: str(tmp_path / "config.json"))
-    with pytest.raises(CheckpointError, match="must be (a )?JSON"):
+    with pytest.raises(CheckpointError, match=r"must be (a )?JSON"):
         RecGRELA.from_pretrained(tmp_path if where == "folder" else "me/model")
 
 
@@ -157,7 +157,8 @@ def test_hostile_card(trained: Model, split: Any) -> None:
     from recgrela_ext.integrations.hub import RecGRELA
 
     model = RecGRELA.from_model(trained)
-    assert model.generate_model_card(license="mit\ntags: [evil]").data.license == "mit\ntags: [evil]"
+    hostile = "mit\ntags: [evil]"
+    assert model.generate_model_card(license=hostile).data.license == hostile
     card = model.generate_model_card(license="a: b", data="x\n---\n# Mine <img src=y>\n| a |")
     assert card.data.license == "a: b"
     assert "- Data: x --- # Mine &lt;img src=y> \\| a \\|\n" in str(card)

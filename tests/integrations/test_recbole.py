@@ -247,7 +247,7 @@ def test_checkpoints_that_lack_something(recbole_run: Any, tmp_path: Path) -> No
         with pytest.raises(CheckpointError, match=f"must hold {name}, got NoneType"):
             trainer.resume_checkpoint(path)
     torch.save({**whole, "other_parameter": [1]}, path)
-    with pytest.raises(CheckpointError, match="must hold plain other_parameter"):
+    with pytest.raises(CheckpointError, match="must hold other_parameter, got list"):
         trainer.resume_checkpoint(path)
     assert trainer.start_epoch == 0
     with pytest.raises(RuntimeError, match="Missing key"):  # not taken for published weights
@@ -258,5 +258,5 @@ def test_lengths_that_do_not_fit(recbole_run: Any) -> None:
     _, model, (train, _, _) = recbole_run()
     batch = next(iter(train))
     wrong = {name: batch[name] for name in ("item_id_list", "item_length", "item_id")}
-    with pytest.raises(ValueError, match="item_seq_len must lie in 0..8, got 9"):
+    with pytest.raises(ValueError, match=r"item_seq_len must lie in 0\.\.8, got 9"):
         model.calculate_loss({**wrong, "item_length": torch.full_like(batch["item_length"], 9)})

@@ -153,6 +153,19 @@ def test_checkpoints_of_another_model_or_with_a_program(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(("n_items", "processes"), [(2, 3), (4, 3), (9, 5)])
+def test_fewer_rows_than_processes(
+    monkeypatch: pytest.MonkeyPatch, n_items: int, processes: int
+) -> None:
+    """TorchRec fails on the processes without rows, and the others wait for them."""
+    from recgrela_ext.integrations.torchrec import RecGRELA, shard_by_rows
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    model = RecGRELA(config(num_items=n_items - 1))
+    with pytest.raises(ValueError, match=f"got {n_items} rows for {processes} processes"):
+        shard_by_rows(model, 0.1, 0.1)
+
+
 @pytest.mark.usefixtures("process_group")
 def test_copies_and_the_padding_row() -> None:
     from recgrela_ext.integrations.torchrec import RecGRELA, gather, shard_by_rows
@@ -173,7 +186,7 @@ def test_mistakes() -> None:
         jagged_batch(two, two[::-1], torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"negatives must be \[B, K\], K at least 1, got \[2, 0\]"):
         jagged_batch(two, two, torch.ones(2, 0, dtype=torch.int64))
-    with pytest.raises(TypeError, match="targets must be int64 or int32, got torch.float32"):
+    with pytest.raises(TypeError, match=r"targets must be int64 or int32, got torch\.float32"):
         jagged_batch(two, [torch.tensor([1, 2]), torch.tensor([])], torch.ones(2, 1).long())
     with pytest.raises(ValueError, match="must be causal"):
         RecGRELA(config(position="learned"))
