@@ -101,9 +101,8 @@ def main() -> None:
     held_out = DataLoader(target_rows(valid, options.max_len), 256)
     found = options.checkpoint and Path(options.checkpoint).exists()
     # weights_only: a checkpoint is a pickle, and a changed one could run anything.
-    trainer.fit(
-        module, rows, held_out, options.checkpoint if found else None, weights_only=bool(found)
-    )
+    going_on = {"ckpt_path": options.checkpoint, "weights_only": True} if found else {}
+    trainer.fit(module, rows, held_out, **going_on)
     if "loss" not in trainer.callback_metrics:
         sys.exit(f"no epoch was left to train: --epochs is {options.epochs}")
     told = {name: float(value) for name, value in trainer.callback_metrics.items()}

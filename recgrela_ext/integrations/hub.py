@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
 
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
 from recgrela_ext.errors import CheckpointError
 from recgrela_ext.model import persistence
+
+try:
+    from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
+except ImportError as error:
+    raise ImportError(
+        "recgrela_ext.integrations.hub needs huggingface_hub 1.0 or newer: "
+        "pip install 'recgrela-ext[hub]'"
+    ) from error
 
 _TAGS = (
     "recommender-system",

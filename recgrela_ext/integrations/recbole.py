@@ -23,15 +23,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.model.loss import BPRLoss
-from recbole.trainer import Trainer
 from torch import Tensor
 
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
 from recgrela_ext.errors import CheckpointError
 from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
+
+try:
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.model.loss import BPRLoss
+    from recbole.trainer import Trainer
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        "recgrela_ext.integrations.recbole needs recbole 1.2.1: pip install 'recgrela-ext[recbole]'"
+    ) from error
 
 _KEYS = {"dropout_prob": "dropout"}
 _KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}

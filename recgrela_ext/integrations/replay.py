@@ -15,13 +15,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from replay.data.nn import TensorMap, TensorSchema
-from replay.nn.agg import SumAggregator
-from replay.nn.embedding import SequenceEmbedding
-from replay.nn.sequential import SasRecBody
 from torch import Tensor, nn
 
 from recgrela_ext import GRELAEncoder as Encoder
+
+try:
+    from replay.data.nn import TensorMap, TensorSchema
+    from replay.nn.agg import SumAggregator
+    from replay.nn.embedding import SequenceEmbedding
+    from replay.nn.sequential import SasRecBody
+except ImportError as error:
+    raise ImportError(
+        "recgrela_ext.integrations.replay needs replay-rec 0.22 or newer: "
+        "pip install 'recgrela-ext[replay]'"
+    ) from error
 
 
 class GRELAEncoder(nn.Module):

@@ -27,20 +27,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-from torchrec.distributed.types import ShardingPlan
-from torchrec.optim import RowWiseAdagrad
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recgrela_ext import GRELAEncoder, RecGRELAConfig
 from recgrela_ext import RecGRELA as WholeModel
 from recgrela_ext.integrations import checkpoints
 from recgrela_ext.layers.grela_block import sequence_of_rows
 from recgrela_ext.model.inputs import check_ids, check_integers, values_are_checked
+
+try:
+    from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+    from torchrec.distributed.types import ShardingPlan
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+    from torchrec.optim.optimizers import in_backward_optimizer_filter
+except (ImportError, OSError) as error:
+    raise ImportError(
+        "recgrela_ext.integrations.torchrec needs torchrec and fbgemm 1.8: "
+        "pip install 'recgrela-ext[torchrec]'"
+    ) from error
 
 KEYS = ["item", "target", "negative"]
 

@@ -45,6 +45,9 @@ def test_two_one_two_processes_equal_one(tmp_path: Path) -> None:
     losses += train(moved, 6, processes=2)
     assert largest_difference("2, 1, 2 processes", losses, expected) < LIMIT
 
+    fewer = torchrun(EXAMPLE, "--steps", "2", "--checkpoint", str(moved), processes=1)
+    assert fewer.returncode != 0
+    assert "--steps must be at least 6" in fewer.stderr  # not saved as step 2
     whole = [WholeModel.from_pretrained(folder / "whole") for folder in (one, moved)]
     for (name, a), (_, b) in zip(*(m.state_dict().items() for m in whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
