@@ -65,7 +65,7 @@ def process_group(tmp_path: Path) -> object:
 
 def config(**changes: object) -> RecGRELAConfig:
     sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.0, "drop_path": 0.0}
-    return RecGRELAConfig(num_items=50, **{**sizes, **changes})
+    return RecGRELAConfig(**{"num_items": 50, **sizes, **changes})
 
 
 @pytest.mark.usefixtures("process_group")
@@ -156,7 +156,7 @@ def test_checkpoints_of_another_model_or_with_a_program(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("n_items", "processes"), [(2, 3), (4, 3), (9, 5)])
+@pytest.mark.parametrize(("n_items", "processes"), [(2, 3), (4, 3), (9, 6)])
 def test_fewer_rows_than_processes(
     monkeypatch: pytest.MonkeyPatch, n_items: int, processes: int
 ) -> None:
