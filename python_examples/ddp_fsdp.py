@@ -52,7 +52,12 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--fail-at", type=int, help="the last process dies here, the first time")
     parser.add_argument("--losses", help="JSON file for the losses")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.accumulate < 1:
+        parser.error(f"--accumulate must be at least 1, got {options.accumulate}")
+    if options.fail_at is not None and options.wrap == "none":
+        parser.error("--fail-at must come with --wrap ddp or fsdp, under torchrun")
+    return options
 
 
 def read_log(options: argparse.Namespace) -> Sequences:

@@ -10,6 +10,7 @@ The checkpoint is Lightning's own; a second run with the same file and more --ep
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import lightning
@@ -99,7 +100,11 @@ def main() -> None:
     rows = DataLoader(train_rows(train, options.max_len), options.batch_size, shuffle=True)
     held_out = DataLoader(target_rows(valid, options.max_len), 256)
     found = options.checkpoint and Path(options.checkpoint).exists()
-    trainer.fit(module, rows, held_out, ckpt_path=options.checkpoint if found else None)
+    # weights_only: a checkpoint is a pickle, and a changed one could run anything.
+    going_on = {"ckpt_path": options.checkpoint, "weights_only": True} if found else {}
+    trainer.fit(module, rows, held_out, **going_on)
+    if "loss" not in trainer.callback_metrics:
+        sys.exit(f"no epoch was left to train: --epochs is {options.epochs}")
     told = {name: float(value) for name, value in trainer.callback_metrics.items()}
     print(f"epochs {trainer.current_epoch}  loss {told['loss']:.4f}  ndcg@10 {told['ndcg@10']:.4f}")
     lists = torch.cat(trainer.predict(module, held_out))

@@ -52,6 +52,8 @@ def write_parts(log: Interactions, folder: Path) -> None:
     items = pd.DataFrame({"user_id": log.user, "item_id": log.item})  # codes from 0
     histories = items.groupby("user_id")["item_id"].agg(list)
     histories = histories[histories.map(len) > 2]
+    if histories.empty:
+        raise SystemExit("--data must hold a user with three events, got none")
     train = pd.DataFrame({"item_id": histories.map(lambda h: h[:-1])}).reset_index()
     train.to_parquet(folder / "train.parquet")
     train["ground_truth"] = histories.map(lambda h: h[-1:]).to_numpy()

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the whole model")
     parser.add_argument("--losses", help="JSON file for the losses")
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit("this example must be started by torchrun, also for one process")
 
     dist.init_process_group("gloo")
     if options.data:
@@ -73,6 +77,8 @@ def main() -> None:
     start = 0
     if options.checkpoint and Path(options.checkpoint, "steps.json").exists():
         start = json.loads(Path(options.checkpoint, "steps.json").read_text(encoding="utf-8"))
+        if options.steps < start:
+            sys.exit(f"--steps must be at least {start}, as the checkpoint, got {options.steps}")
         load_checkpoint(Path(options.checkpoint, f"step-{start}"), model, optimizer)
     losses = []
     for step in range(start, options.steps):

@@ -14,7 +14,9 @@ share of all targets, so that N processes do what one would do with all their ro
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,13 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from recgrela_ext import RecGRELA
 from recgrela_ext._library import has_kernels
+from recgrela_ext.integrations import checkpoints
 
 Rows = tuple[Tensor, Tensor | None, Tensor]  # item_seq [B, L], item_seq_len [B], targets [B, L]
 _METHODS = ("encode", "recommend")  # none that forward itself calls
@@ -45,7 +46,11 @@ def fully_shard_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     Args:
         model: changed in place; make the optimizer afterwards.
         options: of `torch.distributed.fsdp.fully_shard` (mesh, mp_policy, ...).
+
+    Raises:
+        TypeError: the model is no RecGRELA, or is wrapped already.
     """
+    _check_model("fully_shard_blocks", model)
     for block in model.encoder.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -63,7 +68,11 @@ def compile_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     Args:
         model: changed in place, on the device it will run on.
         options: of `torch.compile`.
+
+    Raises:
+        TypeError: as `fully_shard_blocks`.
     """
+    _check_model("compile_blocks", model)
     for block in model.encoder.layers:
         if not has_kernels(model.item_embedding.weight.device):
             modulator: Any = block.modulator
@@ -77,7 +86,6 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     parts: Sequence[Rows],
-    padding_idx: int = 0,
     clip: float | None = None,
 ) -> Tensor:
     """One optimiser step over the rows of all processes.
@@ -86,22 +94,34 @@ def train_step(
         model: `RecGRELA`, alone, in DistributedDataParallel or through `fully_shard_blocks`.
         parts: this process's rows, in as many parts as gradients are accumulated over; the number
             of parts is the same on every process.
-        padding_idx: the target that stands for none.
         clip: largest gradient norm.
 
     Returns:
         The mean loss over the targets of all processes, detached.
 
     Raises:
-        ValueError: there are no parts, or no process has a target.
+        ValueError: there are no parts, another number of them on some process, no process has a
+            target, or `clip` is not positive.
+        TypeError: a part is not (item_seq, item_seq_len, targets), or the model holds no RecGRELA.
     """
+    padding_idx = checkpoints.config_of(model, "train_step").padding_idx
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"train_step: clip must be positive and finite, got {clip}")
+    parts = list(parts)
     if not parts:
         raise ValueError("train_step: parts must hold at least one batch, got none")
+    if not all(len(part) == 3 and isinstance(part[2], Tensor) for part in parts):
+        raise TypeError("train_step: parts must hold (item_seq, item_seq_len, targets), got others")
     counts = torch.stack([(targets != padding_idx).sum() for _, _, targets in parts])
-    everywhere = int(_summed(counts.sum()))
+    processes = 1 if _alone() else dist.get_world_size()
+    own = counts.new_tensor([int(counts.sum()), len(parts), len(parts) ** 2])
+    everywhere, number, squares = _summed(own).tolist()
+    if processes * squares != number**2:  # they would wait for each other for ever
+        raise ValueError(
+            f"train_step: parts must be as many on every process, got {len(parts)} on this one"
+        )
     if everywhere == 0:
         raise ValueError("train_step: parts must hold a target on some process, got none")
-    processes = 1 if _alone() else dist.get_world_size()
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=counts.device)
     for number, (rows, count) in enumerate(zip(parts, counts.tolist(), strict=True), start=1):
@@ -121,14 +141,21 @@ def save_checkpoint(
     """Every process writes its part of `folder`/step-N; the `keep` newest checkpoints stay.
 
     Raises:
-        ValueError: `keep` is below 1.
+        ValueError: `keep` is below 1, or `step` negative or below that of the newest checkpoint,
+            which would be loaded in its place.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
+    least = max((_step(path) for path in _complete(folder)[-1:]), default=0)
+    if not isinstance(step, int) or step < least:
+        raise ValueError(
+            f"save_checkpoint: step must be an int of at least {least}, the newest in {folder}, "
+            f"got {step!r}"
+        )
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": step}
     with _quiet():
-        save(state, checkpoint_id=Path(folder) / f"step-{step:09d}", no_dist=_alone())
+        checkpoints.write(Path(folder) / f"step-{step:09d}", state, model)
     if _alone() or dist.get_rank() == 0:
         for old in _complete(folder)[:-keep]:
             shutil.rmtree(old)
@@ -137,24 +164,47 @@ def save_checkpoint(
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> int:
     """The steps done in the newest whole checkpoint, which is loaded; 0 when there is none.
 
-    The number of processes, and DDP or FSDP2, may differ from those it was saved with.
+    The number of processes, and DDP or FSDP2, may differ from those it was saved with: one process
+    that loads it into a plain `RecGRELA` can evaluate it, or save it with `save_pretrained`.
+
+    Args:
+        optimizer: None to read the weights alone.
+
+    Raises:
+        CheckpointError: it is torn, or of another model or optimizer.
     """
     found = _complete(folder)
     if not found:
         return 0
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments, "step": 0}
+    optimizers = () if optimizer is None else optimizer
+    weights, moments = get_state_dict(model, optimizers)
+    state: dict[str, Any] = {"model": weights, "step": 0}
+    if optimizer is not None:
+        state["optimizer"] = moments
     with _quiet():
-        load(state, checkpoint_id=found[-1], no_dist=_alone())
+        checkpoints.read(found[-1], state, model)
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        model,
+        optimizers,
+        model_state_dict=state["model"],
+        optim_state_dict=state.get("optimizer", {}),
     )
     return int(state["step"])
 
 
 def _complete(folder: str | os.PathLike[str]) -> list[Path]:
     """Oldest first; the metadata is written last, when every process has written its part."""
-    return sorted(path.parent for path in Path(folder).glob("step-*/.metadata"))
+    found = [path.parent for path in Path(folder).glob("step-*/.metadata")]
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _check_model(caller: str, model: Any) -> None:
+    if not isinstance(model, RecGRELA) or isinstance(model, FSDPModule):
+        raise TypeError(f"{caller}: model must be a plain RecGRELA, got {type(model).__name__}")
 
 
 def _alone() -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import os
 import pickle
 import struct
@@ -63,6 +64,8 @@ class _Inert:
 def _tensor(
     storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
 ) -> Tensor:
+    if math.prod(size) > storage.numel():  # a stride of 0 would make terabytes of four bytes
+        raise ValueError(f"a tensor of shape {list(size)} is larger than its storage")
     return storage.as_strided(size, stride, offset)  # raises beyond the storage's end
 
 

@@ -23,33 +23,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.model.loss import BPRLoss
-from recbole.trainer import Trainer
 from torch import Tensor
 
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
+from recgrela_ext.errors import CheckpointError
 from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
+
+try:
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.model.loss import BPRLoss
+    from recbole.trainer import Trainer
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        "recgrela_ext.integrations.recbole needs recbole 1.2.1: pip install 'recgrela-ext[recbole]'"
+    ) from error
 
 _KEYS = {"dropout_prob": "dropout"}
 _KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}
+_SAVED: dict[str, Any] = {"epoch": int, "cur_step": int, "best_valid_score": (int, float),
+                          "state_dict": Mapping, "optimizer": Mapping}  # fmt: skip
 
 
 class RecGRELA(SequentialRecommender):
     """The model behind RecBole's three methods.
 
     Raises:
-        ValueError: ``mode`` or ``loss_type`` is unknown, or a size cannot work.
+        ValueError: ``mode`` or ``loss_type`` is unknown, BPR lacks negatives, a size cannot work.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        mode, self.loss_type = config["mode"] or "causal", config["loss_type"] or "CE"
+        self.mode = mode = config["mode"] or "causal"
+        self.loss_type = config["loss_type"] or "CE"
         if mode not in ("causal", "paper"):
             raise ValueError(f"RecGRELA: mode must be causal or paper, got {mode!r}")
         if self.loss_type not in ("CE", "BPR"):
             raise ValueError(f"RecGRELA: loss_type must be CE or BPR, got {self.loss_type!r}")
+        sampling = config["train_neg_sample_args"] or {}
+        if self.loss_type == "BPR" and sampling.get("distribution", "none") == "none":
+            raise ValueError("RecGRELA: train_neg_sample_args must be given for BPR, got none")
         options = {name: config[key] for key, name in _KEYS.items() if config[key] is not None}
         make = RecGRELAConfig.paper if mode == "paper" else RecGRELAConfig
         options["max_seq_len"] = self.max_seq_length
@@ -68,8 +81,9 @@ class RecGRELA(SequentialRecommender):
             hidden = self.forward(item_seq, item_seq_len)
             negative = interaction[self.NEG_ITEM_ID]
             return self.bpr(self._dot(hidden, positive), self._dot(hidden, negative))
-        targets = torch.full_like(item_seq, self.model.config.padding_idx)
-        targets.scatter_(1, (item_seq_len - 1)[:, None], positive[:, None])
+        last = torch.arange(item_seq.shape[1], device=item_seq.device) == item_seq_len[:, None] - 1
+        padding = self.model.config.padding_idx
+        targets = torch.where(last, positive[:, None], padding)
         return self.model.loss(item_seq, item_seq_len, targets)
 
     def predict(self, interaction: Any) -> Tensor:
@@ -84,7 +98,7 @@ class RecGRELA(SequentialRecommender):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Own weights, or those of the published implementation (``mode: paper`` alone)."""
-        if not any(name.startswith("model.") for name in state_dict):
+        if any("GRELA_block." in str(name) for name in state_dict):
             if self.model.config.causal:
                 raise ValueError("RecGRELA: mode must be paper for published weights, got causal")
             published = Model.from_reference(
@@ -92,6 +106,19 @@ class RecGRELA(SequentialRecommender):
             )
             state_dict = {f"model.{name}": value for name, value in published.state_dict().items()}
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def other_parameter(self) -> dict[str, Any]:
+        """What no weight's shape tells; RecBole keeps it in its checkpoints."""
+        return {"mode": self.mode, "num_heads": self.model.config.num_heads}
+
+    def load_other_parameter(self, para: Any) -> None:
+        """CheckpointError when the weights are of another mode or number of heads."""
+        for name, own in self.other_parameter().items():
+            saved = own if para is None else para.get(name, own)
+            if saved != own:
+                raise CheckpointError(
+                    f"RecGRELA: {name} must be {saved!r}, as in the checkpoint, got {own!r}"
+                )
 
     def _dot(self, hidden: Tensor, items: Tensor) -> Tensor:
         return (hidden * self.model.item_embedding(items)).sum(dim=-1)
@@ -110,16 +137,28 @@ class SafeTrainer(Trainer):
         """As RecBole's; CheckpointError when the file of the best model cannot be read."""
         if load_best_model and eval_data:
             path = model_file or self.saved_model_file
-            self.model.load_state_dict(published_state_dict(path))
-            self.model.load_other_parameter(read_checkpoint(path).get("other_parameter"))
+            self._load(published_state_dict(path), read_checkpoint(path, "evaluate"), path)
         return super().evaluate(eval_data, False, None, show_progress)
 
     def resume_checkpoint(self, resume_file: Any) -> None:
         """As RecBole's; CheckpointError when the file cannot be read."""
-        saved = read_checkpoint(resume_file)
+        saved = read_checkpoint(resume_file, "resume_checkpoint")
+        for name, kind in _SAVED.items():
+            if not isinstance(saved.get(name), kind):
+                got = type(saved.get(name)).__name__
+                raise CheckpointError(
+                    f"resume_checkpoint: {resume_file} must hold {name}, got {got}"
+                )
+        self._load(saved["state_dict"], saved, resume_file)
+        self.optimizer.load_state_dict(saved["optimizer"])
         self.saved_model_file = str(resume_file)
         self.start_epoch, self.cur_step = saved["epoch"] + 1, saved["cur_step"]
         self.best_valid_score = saved["best_valid_score"]
-        self.model.load_state_dict(saved["state_dict"])
-        self.model.load_other_parameter(saved.get("other_parameter"))
-        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def _load(self, weights: Any, saved: dict[str, Any], path: Any) -> None:
+        other = saved.get("other_parameter")
+        if not isinstance(other, (Mapping, type(None))):
+            got = type(other).__name__
+            raise CheckpointError(f"SafeTrainer: {path} must hold other_parameter, got {got}")
+        self.model.load_other_parameter(other)  # first: it may refuse the weights
+        self.model.load_state_dict(weights)

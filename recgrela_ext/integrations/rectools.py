@@ -17,11 +17,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rectools.models.nn.transformers.lightning import TransformerLightningModule
-from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
 from torch import Tensor, nn
 
 from recgrela_ext import GRELAEncoder
+
+try:
+    from rectools.models.nn.transformers.lightning import TransformerLightningModule
+    from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
+except ImportError as error:
+    raise ImportError(
+        "recgrela_ext.integrations.rectools needs rectools 0.19 or newer: "
+        "pip install 'recgrela-ext[rectools]'"
+    ) from error
 
 
 class RecGRELALayers(TransformerLayersBase):

@@ -14,13 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from replay.data.nn import TensorMap, TensorSchema
-from replay.nn.agg import SumAggregator
-from replay.nn.embedding import SequenceEmbedding
-from replay.nn.sequential import SasRecBody
+import torch
 from torch import Tensor, nn
 
 from recgrela_ext import GRELAEncoder as Encoder
+
+try:
+    from replay.data.nn import TensorMap, TensorSchema
+    from replay.nn.agg import SumAggregator
+    from replay.nn.embedding import SequenceEmbedding
+    from replay.nn.sequential import SasRecBody
+except ImportError as error:
+    raise ImportError(
+        "recgrela_ext.integrations.replay needs replay-rec 0.22 or newer: "
+        "pip install 'recgrela-ext[replay]'"
+    ) from error
 
 
 class GRELAEncoder(nn.Module):
@@ -63,10 +71,26 @@ class GRELAEncoder(nn.Module):
             feature_tensors, attention_mask: not used.
             input_embeddings: `[B, L, embedding_dim]`.
             padding_mask: True = real item, one contiguous run per row.
+
+        Raises:
+            ValueError: padding between items; in evaluation also padding after them, as RePlay
+                reads the last position (both checked for tensors on the CPU).
         """
+        if not self.training and not torch.compiler.is_compiling():
+            _check_last(padding_mask)
         x = self.input_norm(self.dropout(input_embeddings))
         hidden: Tensor = self.encoder(x, mask=padding_mask)
         return hidden
+
+
+def _check_last(mask: Tensor) -> None:
+    if mask.device.type == "cpu" and mask.shape[1]:
+        wrong = mask.any(1) & ~mask[:, -1].to(torch.bool)
+        if bool(wrong.any()):
+            raise ValueError(
+                "GRELAEncoder: padding_mask must be True at the last position (left padding), "
+                f"got padding there in row {int(wrong.nonzero()[0])}"
+            )
 
 
 class NoAttentionMask(nn.Module):
@@ -96,12 +120,32 @@ def recgrela_body(
     Args:
         schema: every sequential feature that is not excluded is embedded, and they are summed.
         num_heads, num_blocks, dropout, block: as `GRELAEncoder`.
-        excluded_features: beside query id and timestamp.
+        excluded_features: names of the schema, beside query id and timestamp.
+
+    Raises:
+        ValueError: there is not one item id feature, an excluded name is not in the schema, or a
+            feature is embedded in another width than the item.
     """
+    found = len(schema.item_id_features)
+    if found != 1:
+        raise ValueError(f"recgrela_body: schema must have one item id feature, got {found}")
+    unknown = [name for name in excluded_features if name not in schema.names]
+    if isinstance(excluded_features, str) or unknown:
+        raise ValueError(
+            "recgrela_body: excluded_features must be a list of names in the schema, "
+            f"got {excluded_features!r}"
+        )
     width = schema.item_id_features.item().embedding_dim
     excluded = [schema.query_id_feature_name, schema.timestamp_feature_name, *excluded_features]
+    embedder = SequenceEmbedding(schema, [name for name in excluded if name is not None])
+    for name, one in embedder.feature_embedders.items():
+        if one.embedding_dim != width:
+            raise ValueError(
+                f"recgrela_body: schema must embed every feature in {width} numbers, as the item, "
+                f"got {one.embedding_dim} for {name}"
+            )
     return SasRecBody(
-        embedder=SequenceEmbedding(schema, [name for name in excluded if name is not None]),
+        embedder=embedder,
         embedding_aggregator=SumAggregator(width),
         attn_mask_builder=NoAttentionMask(),
         encoder=GRELAEncoder(width, num_heads, num_blocks, dropout, **block),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
+from recgrela_ext.model.inputs import check_ids
 
 
 class RecGRELA(nn.Module):
@@ -53,8 +54,8 @@ class RecGRELA(nn.Module):
 
     def log2feats(self, log_seqs: np.ndarray) -> Tensor:
         """Hidden states ``[B, L, hidden]`` of left-padded ``log_seqs [B, L]``."""
-        item_seq = self._ids(log_seqs)
-        return self.model.encode(item_seq, (item_seq != 0).sum(dim=1), padding_side="left")
+        item_seq = self._ids("log_seqs", log_seqs)
+        return self.model.encode(item_seq, (item_seq != 0).sum(dim=-1), padding_side="left")
 
     def forward(
         self, user_ids: Any, log_seqs: np.ndarray, pos_seqs: np.ndarray, neg_seqs: np.ndarray
@@ -64,11 +65,19 @@ class RecGRELA(nn.Module):
         Args:
             user_ids: not used.
             log_seqs, pos_seqs, neg_seqs: item ids ``[B, L]``, 0 on the left where there is none.
+
+        Raises:
+            ValueError: shapes that differ, ids that are no items, padding that is not on the left.
         """
         hidden = self.log2feats(log_seqs)
-        pos_logits = (hidden * self.item_emb(self._ids(pos_seqs))).sum(dim=-1)
-        neg_logits = (hidden * self.item_emb(self._ids(neg_seqs))).sum(dim=-1)
-        return pos_logits, neg_logits
+        logits = []
+        for name, values in (("pos_seqs", pos_seqs), ("neg_seqs", neg_seqs)):
+            items = self._ids(name, values)
+            if items.shape != hidden.shape[:2]:
+                shape = list(hidden.shape[:2])
+                raise ValueError(f"RecGRELA: {name} must be {shape}, got {list(items.shape)}")
+            logits.append((hidden * self.item_emb(items)).sum(dim=-1))
+        return logits[0], logits[1]
 
     def predict(self, user_ids: Any, log_seqs: np.ndarray, item_indices: Any) -> Tensor:
         """Logits ``[B, C]`` of candidate items ``[C]`` after each history.
@@ -77,10 +86,19 @@ class RecGRELA(nn.Module):
             user_ids: not used.
             log_seqs: item ids ``[B, L]``, left-padded with 0.
             item_indices: item ids ``[C]``.
-        """
-        return self.log2feats(log_seqs)[:, -1] @ self.item_emb(self._ids(item_indices)).T
 
-    def _ids(self, values: Any) -> Tensor:
-        return torch.as_tensor(
-            np.asarray(values, dtype=np.int64), device=self.item_emb.weight.device
-        )
+        Raises:
+            ValueError: as `forward`.
+        """
+        item_seq, items = self._ids("log_seqs", log_seqs), self._ids("item_indices", item_indices)
+        hidden = self.model(item_seq, (item_seq != 0).sum(dim=-1), padding_side="left")
+        return hidden @ self.item_emb(items).T
+
+    def _ids(self, name: str, values: Any) -> Tensor:
+        given = np.asarray(values)
+        ids = given.astype(np.int64)
+        if not np.array_equal(ids, given):
+            raise ValueError(f"RecGRELA: {name} must be whole numbers, got others")
+        items = torch.from_numpy(ids)
+        check_ids("RecGRELA", name, self.model.config, items)
+        return items.to(self.item_emb.weight.device)

@@ -141,6 +141,9 @@ class GRELAEncoder(nn.Module):
     ) -> Tensor | tuple[Tensor, list[State]]:
         mask = mask.to(torch.bool)
         lengths = mask.sum(1)
+        if x.shape[1] == 0:
+            out, states = self.run(x, lengths, None, state, return_state)
+            return (out, states) if return_state else out
         first = mask.to(torch.int8).argmax(1)  # of equal values argmax gives the first
         if not torch.compiler.is_compiling() and mask.device.type == "cpu":
             check_one_run(mask, first, lengths)

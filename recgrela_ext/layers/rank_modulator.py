@@ -55,6 +55,10 @@ class AdaptiveRankModulator(nn.Module):
                 "AdaptiveRankModulator: gate_activation must be one of "
                 f"{', '.join(ACTIVATIONS)}, got {gate_activation!r}"
             )
+        if conv_width < 1:
+            raise ValueError(
+                f"AdaptiveRankModulator: conv_width must be at least 1, got {conv_width}"
+            )
         self.selector = selector if gate else "silu"
         self.gate_activation = gate_activation
         self.gate_proj = nn.Linear(hidden_size, hidden_size) if gate else None

@@ -45,7 +45,7 @@ _PUBLISHED_BLOCK = {
 _BLOCK_NAME = re.compile(r"GRELA_block\.(\d+)\.(.+)\.(weight|bias|rotations)")
 
 
-_NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
+NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
 
 
 def fingerprint(model: RecGRELA) -> bytes:
@@ -57,7 +57,7 @@ def fingerprint(model: RecGRELA) -> bytes:
     cached = model.__dict__.get("_fingerprint")
     if cached is None or cached[0] != key:
         fields = model.config.to_dict()
-        for name in _NOT_IN_FINGERPRINT:
+        for name in NOT_IN_FINGERPRINT:
             fields.pop(name)
         text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
         cached = (key, hashlib.sha256(text.encode()).digest()[:16])

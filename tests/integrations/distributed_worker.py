@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from recgrela_ext import RecGRELA, RecGRELAConfig
-from recgrela_ext.integrations.distributed import fully_shard_blocks
+from recgrela_ext.integrations.distributed import fully_shard_blocks, train_step
 
 EXAMPLE = Path(__file__).parents[2] / "python_examples" / "ddp_fsdp.py"
 
@@ -39,11 +40,21 @@ def check_methods() -> None:
         torch.testing.assert_close(sharded(item_seq), plain(item_seq))
 
 
+def check_unequal_parts() -> None:
+    """Processes with unlike numbers of parts would wait for each other; all of them raise."""
+    model = RecGRELA(RecGRELAConfig(num_items=9, hidden_size=16, num_layers=1, num_heads=2))
+    rows = torch.tensor([[1, 2]]), None, torch.tensor([[2, 3]])
+    with pytest.raises(ValueError, match="parts must be as many on every process"):
+        train_step(model, torch.optim.AdamW(model.parameters()), [rows] * (1 + dist.get_rank()))
+
+
 def main() -> None:
     variants: dict[str, list[str]] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     check_methods()
+    if dist.get_world_size() > 1:
+        check_unequal_parts()
     example = load_example()
     losses = {}
     for name, arguments in variants.items():

@@ -29,7 +29,7 @@ def main() -> int:
     modules, files = STACKS[sys.argv[1]]
     for name in modules:
         importlib.import_module(name)
-    files = [*files, "test_framework_examples.py", "test_reference_path.py"]
+    files = [*files, "test_framework_examples.py", "test_reference_path.py", "test_readme_lines.py"]
     paths = [f"tests/integrations/{name}" for name in files]
     # -m "" takes the slow ones too; -rP tells the largest differences.
     options = ["-q", "-m", "", "-W", "ignore", "-rP", "--show-capture=stdout"]

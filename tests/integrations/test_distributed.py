@@ -6,15 +6,26 @@ The largest difference of each loss curve is printed (pytest -rP shows it) and b
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from recgrela_ext import RecGRELA, RecGRELAConfig
-from recgrela_ext.integrations.distributed import load_checkpoint, save_checkpoint, train_step
+from recgrela_ext.errors import CheckpointError
+from recgrela_ext.integrations import checkpoints
+from recgrela_ext.integrations.distributed import (
+    compile_blocks,
+    fully_shard_blocks,
+    load_checkpoint,
+    save_checkpoint,
+    train_step,
+)
 from tests.integrations.distributed_worker import EXAMPLE, load_example
+from tests.integrations.payload import Touch
 from tests.integrations.torchrun import largest_difference, torchrun
 
 SIZES = ["--steps", "6", "--batch", "12", "--max-len", "40", "--hidden-size", "32", "--lr", "0.01"]
@@ -127,6 +138,75 @@ def test_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
     assert torch.equal(other.item_embedding.weight, model.item_embedding.weight)
 
 
+def test_checkpoints_of_another_model_or_torn(tmp_path: Path) -> None:
+    model, optimizer, _ = small()
+    folder = tmp_path / "step-000000002"
+    save_checkpoint(tmp_path, 2, model, optimizer)
+    for changes in ({"num_heads": 4}, {"causal": False}, {"hidden_size": 32}):
+        other = RecGRELA(model.config.replace(**changes))
+        (name,) = changes
+        with pytest.raises(CheckpointError, match=rf"{name} must be .*, as in .*, got"):
+            load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()))
+    with pytest.raises(CheckpointError, match="must hold this model and optimizer whole, got"):
+        load_checkpoint(tmp_path, model, torch.optim.SGD(model.parameters(), momentum=0.9))
+
+    alone = RecGRELA(model.config.replace(dropout=0.0))  # weights only, to be saved or served
+    assert load_checkpoint(tmp_path, alone, None) == 2
+    assert torch.equal(alone.item_embedding.weight, model.item_embedding.weight)
+
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match="load_checkpoint: "):
+            load_checkpoint(tmp_path, model, optimizer)
+        file.write_bytes(whole)
+    assert load_checkpoint(tmp_path, model, optimizer) == 2
+
+
+def test_no_program_in_a_checkpoint_runs(tmp_path: Path) -> None:
+    """Neither in the metadata nor among what is saved beside tensors."""
+    model, optimizer, _ = small()
+    folder = tmp_path / "step-000000001"
+    payload = Touch(tmp_path / "ran")
+    save_checkpoint(tmp_path, 1, model, optimizer)
+    whole = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(pickle.dumps(payload))
+    with pytest.raises(CheckpointError, match="which is not on the list"):
+        load_checkpoint(tmp_path, model, optimizer)
+    (folder / ".metadata").write_bytes(whole)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments, "step": payload}
+    checkpoints.write(tmp_path / "step-000000002", state, model)
+    with pytest.raises(CheckpointError, match="must hold this model and optimizer whole"):
+        load_checkpoint(tmp_path, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_newest_step_is_never_taken_away(tmp_path: Path) -> None:
+    model, optimizer, _ = small()
+    for step in (999_999_999, 1_000_000_000):  # one digit more
+        save_checkpoint(tmp_path, step, model, optimizer)
+    (tmp_path / "step-by-step").mkdir()
+    (tmp_path / "step-by-step" / ".metadata").touch()
+    assert load_checkpoint(tmp_path, model, optimizer) == 1_000_000_000
+    with pytest.raises(ValueError, match=r"step must be an int of at least 1000000000, .* got 3"):
+        save_checkpoint(tmp_path, 3, model, optimizer)
+
+
+def test_padding_is_the_models_own() -> None:
+    """Parts are weighed by their targets, so these must be counted with the model's padding."""
+    torch.manual_seed(2)
+    config = RecGRELAConfig(n_items=21, padding_idx=20, hidden_size=16, num_layers=1, num_heads=2,
+                            dropout=0.0, drop_path=0.0)  # fmt: skip
+    model = RecGRELA(config).double()
+    item_seq = torch.tensor([[1, 2, 3, 4], [5, 20, 20, 20]])
+    targets = torch.tensor([[0, 3, 4, 0], [6, 20, 20, 20]])
+    expected = float(model(item_seq, targets=targets))
+    parts = [(item_seq[:1], None, targets[:1]), (item_seq[1:], None, targets[1:])]
+    found = float(train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), parts))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     model, optimizer, (item_seq, _, targets) = small()
     with pytest.raises(ValueError, match="parts must hold at least one batch, got none"):
@@ -135,3 +215,15 @@ def test_mistakes(tmp_path: Path) -> None:
         train_step(model, optimizer, [(item_seq, None, torch.zeros_like(targets))])
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         save_checkpoint(tmp_path, 1, model, optimizer, keep=0)
+    with pytest.raises(ValueError, match=r"step must be an int of at least 0, .* got -1"):
+        save_checkpoint(tmp_path, -1, model, optimizer)
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="clip must be positive and finite, got"):
+            train_step(model, optimizer, [(item_seq, None, targets)], clip=clip)
+    with pytest.raises(TypeError, match=r"must hold \(item_seq, item_seq_len, targets\)"):
+        train_step(model, optimizer, [(item_seq, targets)])
+    for wrap in (fully_shard_blocks, compile_blocks):
+        with pytest.raises(TypeError, match=f"{wrap.__name__}: model must be a plain RecGRELA"):
+            wrap(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must be or hold a RecGRELA, got Linear"):
+        train_step(torch.nn.Linear(2, 2), optimizer, [(item_seq, None, targets)])

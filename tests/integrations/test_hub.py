@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,65 @@ def test_torn_files_are_refused(trained: Model, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="must be a whole safetensors file"):
         RecGRELA.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [b"[1]", b"{", b"\xff{}", b"[" * 100_000])
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+def test_config_that_is_none(
+    trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: bytes, where: str
+) -> None:
+    import huggingface_hub.hub_mixin as mixin
+
+    from recgrela_ext.integrations.hub import RecGRELA
+
+    RecGRELA.from_model(trained).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(config)
+    monkeypatch.setattr(mixin, "hf_hub_download", lambda **_: str(tmp_path / "config.json"))
+    with pytest.raises(CheckpointError, match=r"must be (a )?JSON"):
+        RecGRELA.from_pretrained(tmp_path if where == "folder" else "me/model")
+
+
+def test_nothing_but_the_models_files_is_asked_for(
+    trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.hub_mixin as mixin
+
+    from recgrela_ext.integrations import hub
+
+    hub.RecGRELA.from_model(trained).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id_map_file": "*"}))
+    monkeypatch.setattr(mixin, "hf_hub_download", lambda **_: str(path))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked for *"))
+    with pytest.raises(CheckpointError, match="id_map_file must be a plain file name"):
+        hub.RecGRELA.from_pretrained("me/model")
+
+
+def test_hostile_card(trained: Model, split: Any) -> None:
+    from recgrela_ext.integrations.hub import RecGRELA
+
+    model = RecGRELA.from_model(trained)
+    hostile = "mit\ntags: [evil]"
+    assert model.generate_model_card(license=hostile).data.license == hostile
+    card = model.generate_model_card(license="a: b", data="x\n---\n# Mine <img src=y>\n| a |")
+    assert card.data.license == "a: b"
+    assert "- Data: x --- # Mine &lt;img src=y> \\| a \\|\n" in str(card)
+    result = evaluate(trained, split[2], baselines={}, bootstrap=0)
+    result = {**result, "mean": {"a|b\n# c": 0.5}, "data": "log\n# d"}
+    card = model.generate_model_card(result=result)
+    assert "| a\\|b # c | 0.5000 |" in str(card)
+    assert "- Data: log # d, order" in str(card)
+    with pytest.raises(ValueError, match="result must be what evaluate returns, got one without"):
+        model.generate_model_card(result=result["mean"])
+
+
+def test_mistakes(trained: Model, tmp_path: Path) -> None:
+    from recgrela_ext.integrations.hub import RecGRELA
+
+    with pytest.raises(TypeError, match="model must be a RecGRELA, got Linear"):
+        RecGRELA.from_model(torch.nn.Linear(2, 2))
+    RecGRELA.from_model(trained).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="options must be known, got colour"):
+        RecGRELA.from_pretrained(tmp_path, colour="red")
+    there = RecGRELA.from_pretrained(tmp_path, map_location="meta")
+    assert there.item_embedding.weight.device.type == "meta"

@@ -137,3 +137,10 @@ def test_everything_plain_is_read(tmp_path: Path) -> None:
     assert not isinstance(found["config"], Settings)
     torch.save({"what": np.array([object()])}, tmp_path / "array.pth")
     assert not isinstance(read_checkpoint(tmp_path / "array.pth")["what"], np.ndarray)
+
+
+def test_a_small_file_makes_no_large_tensor(tmp_path: Path) -> None:
+    """A stride of 0 would: four bytes, and a copy of terabytes once it is a weight."""
+    torch.save({"item_embedding.weight": torch.ones(1, 1).expand(10**9, 64)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="is larger than its storage"):
+        published_state_dict(tmp_path / "m.pth")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from recgrela_ext import CheckpointError
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.evaluation import evaluate
 from recgrela_ext.integrations.published import published_state_dict, read_checkpoint
@@ -206,8 +207,56 @@ def test_published_weights_are_read(recbole_run: Any, golden_dir: Path) -> None:
     [
         ({"mode": "both"}, "mode must be causal or paper, got 'both'"),
         ({"loss_type": "MSE"}, "loss_type must be CE or BPR, got 'MSE'"),
+        ({"loss_type": "BPR"}, "train_neg_sample_args must be given for BPR, got none"),
     ],
 )
 def test_unknown_settings(recbole_run: Any, changes: dict[str, str], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         recbole_run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_heads": 4}, "num_heads must be 2, as in the checkpoint, got 4"),
+        ({"mode": "paper"}, "mode must be 'causal', as in the checkpoint, got 'paper'"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    recbole_run: Any, changes: dict[str, Any], text: str
+) -> None:
+    """Neither is told by the weights' shapes, and both would give other numbers."""
+    first, _, (train, valid, test) = recbole_run(epochs=1)
+    first.fit(train, valid, verbose=False, show_progress=False)
+    other, model, _ = recbole_run(**changes)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for use in (lambda path: other.evaluate(test, model_file=path), other.resume_checkpoint):
+        with pytest.raises(CheckpointError, match=text):
+            use(first.saved_model_file)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_checkpoints_that_lack_something(recbole_run: Any, tmp_path: Path) -> None:
+    first, model, (train, valid, _) = recbole_run(epochs=1)
+    first.fit(train, valid, verbose=False, show_progress=False)
+    whole = {**read_checkpoint(first.saved_model_file), "config": {}}
+    path = tmp_path / "changed.pth"
+    trainer, _, _ = recbole_run()
+    for name in ("epoch", "cur_step", "best_valid_score", "state_dict", "optimizer"):
+        torch.save({**whole, name: None}, path)
+        with pytest.raises(CheckpointError, match=f"must hold {name}, got NoneType"):
+            trainer.resume_checkpoint(path)
+    torch.save({**whole, "other_parameter": [1]}, path)
+    with pytest.raises(CheckpointError, match="must hold other_parameter, got list"):
+        trainer.resume_checkpoint(path)
+    assert trainer.start_epoch == 0
+    with pytest.raises(RuntimeError, match="Missing key"):  # not taken for published weights
+        model.load_state_dict({})
+
+
+def test_lengths_that_do_not_fit(recbole_run: Any) -> None:
+    _, model, (train, _, _) = recbole_run()
+    batch = next(iter(train))
+    wrong = {name: batch[name] for name in ("item_id_list", "item_length", "item_id")}
+    with pytest.raises(ValueError, match=r"item_seq_len must lie in 0\.\.8, got 9"):
+        model.calculate_loss({**wrong, "item_length": torch.full_like(batch["item_length"], 9)})

@@ -201,3 +201,38 @@ def test_whole_model_exports(make: Any) -> None:
 def test_bidirectional_blocks_are_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="causal must be True, got False"):
         make(causal=False)
+
+
+def test_padding_on_the_right_is_refused_where_it_would_be_read(make: Any) -> None:
+    """RePlay reads the last position: all scores would be 0."""
+    model = make()
+    right = torch.tensor([[3, 4, PAD], [PAD, 5, 6], [PAD, PAD, PAD]])
+    inputs = {"feature_tensors": {"item_id": right}, "padding_mask": right != PAD}
+    with pytest.raises(ValueError, match=r"True at the last position .* in row 0"):
+        model.eval()(**inputs)
+    fine = {"feature_tensors": {"item_id": right[1:]}, "padding_mask": right[1:] != PAD}
+    assert model(**fine)["logits"].shape == (2, ITEMS)
+
+
+def test_schemas_that_cannot_work(schema: Any) -> None:
+    from replay.data import FeatureHint, FeatureType
+    from replay.data.nn import TensorFeatureInfo, TensorSchema
+
+    from recgrela_ext.integrations.replay import recgrela_body
+
+    def feature(name: str, width: int, hint: Any = None) -> Any:
+        return TensorFeatureInfo(
+            name=name, is_seq=True, padding_value=5, cardinality=5, embedding_dim=width,
+            feature_type=FeatureType.CATEGORICAL, feature_hint=hint,
+        )  # fmt: skip
+
+    item = feature("item_id", 16, FeatureHint.ITEM_ID)
+    two = TensorSchema([item, feature("genre", 8)])
+    with pytest.raises(ValueError, match=r"every feature in 16 numbers.* got 8 for genre"):
+        recgrela_body(two, num_heads=2)
+    assert recgrela_body(two, num_heads=2, excluded_features=["genre"])
+    for wrong in ("genre", ["gender"]):
+        with pytest.raises(ValueError, match="excluded_features must be a list of names"):
+            recgrela_body(two, excluded_features=wrong)
+    with pytest.raises(ValueError, match="must have one item id feature, got 0"):
+        recgrela_body(TensorSchema([feature("genre", 8)]))

@@ -65,6 +65,28 @@ def test_the_scripts_initialisation_and_penalty_work() -> None:
     assert torch.equal(copy.item_emb.weight, model.item_emb.weight)
 
 
+def test_mistakes() -> None:
+    model = RecGRELA(100, 9, ARGS).eval()
+    good = logs()
+    for pos, text in (
+        (good[:1], r"pos_seqs must be \[2, 8\], got \[1, 8\]"),  # would be broadcast
+        (good[0], r"pos_seqs must be \[2, 8\], got \[8\]"),
+        (good * 9, "pos_seqs must lie in 0..9"),
+        (good + 0.5, "pos_seqs must be whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model(None, good, pos, good)
+    for log, items, text in (
+        (good[:, ::-1], [1], "item_seq must have its padding on one side"),
+        (good[0], [1], r"item_seq must be \[B, L\], got \[8\]"),
+        (good, [10], "item_indices must lie in 0..9 .*, got 10"),
+        (good, [1.5], "item_indices must be whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.predict(None, log, items)
+    assert not model.predict(None, good[:, :0], [1, 2]).any()  # nobody has a history
+
+
 def test_example_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--epochs", "3", "--num_blocks", "1"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

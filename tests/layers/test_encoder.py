@@ -70,6 +70,8 @@ def test_mask_moves_the_run_anywhere() -> None:
     gap = torch.tensor([[True, False, True]])
     with pytest.raises(ValueError, match=r"mask must have one run of True .* a gap in row 0"):
         module(torch.zeros(1, 3, WIDTH, dtype=torch.float64), mask=gap)
+    empty = module(torch.zeros(2, 0, WIDTH, dtype=torch.float64), mask=REAL[:2, :0])
+    assert empty.shape == (2, 0, WIDTH)
 
 
 @pytest.mark.parametrize("options", [{}, {"selector": "balance"}, {"conv_width": 1}])
@@ -142,6 +144,7 @@ def test_one_of_three_descriptions() -> None:
         (lambda: GRELABlock(16, 2, gate_activation="tanh"), "gate_activation must be one of"),
         (lambda: GRELABlock(16, 2, mlp_activation="tanh"), "activation must be one of"),
         (lambda: GRELABlock(16, 2, rotary="half"), "rotary must be"),
+        (lambda: GRELABlock(16, 2, conv_width=0), "conv_width must be at least 1, got 0"),
         (lambda: DropPath(1.0), r"p must lie in \[0, 1\), got 1.0"),
     ],
 )
