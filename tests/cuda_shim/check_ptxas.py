@@ -3,7 +3,7 @@
     python tests/cuda_shim/check_ptxas.py [arch ...]        for instance: 9.0
     python tests/cuda_shim/check_ptxas.py build.log
 
-The second form compiles nothing: it reads what `NVCC_APPEND_FLAGS=-Xptxas=-v pip wheel -v .` printed.
+The second form compiles nothing: it reads what a build printed under NVCC_APPEND_FLAGS=-Xptxas=-v.
 
 No kernel may spill registers or use local memory, but for those named below, each with its limit.
 Prints one line a kernel and architecture; exits with 1 where one breaks the rule. No GPU is needed.
@@ -31,6 +31,9 @@ from native_build import nvcc_flags  # noqa: E402
 # never raise them.
 ALLOWED: tuple[tuple[str, int, str], ...] = (
     (r"sm_1[02]0 backward_kernel<\w+,16,false>", 24, "255 registers, and a few more"),
+    # One item a pass would fit; two hide the memory's latency, and sm_90 has room for them.
+    (r"sm_(80|120) forward_kernel<\w+,64,false>", 104, "two items a pass"),
+    (r"sm_100 forward_kernel<BFloat16,8,true>", 8, "28 bytes of spills, in sums of segments alone"),
     (r"sm_(80|100) wide_backward_kernel<\w+,128,false>", 8, "likewise"),
     (r"sm_80 mma_forward_kernel<Half,64,false>", 8, "likewise, of the 128 its threads leave it"),
     (r"backward_kernel<\w+,8,true>", 64, "32 bytes on sm_90, in the sums of segments alone"),
