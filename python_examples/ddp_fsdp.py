@@ -1,9 +1,12 @@
-"""Train on several processes: DDP or FSDP2, accumulation, torch.compile, restarts.
+r"""Train on several processes: DDP or FSDP2, accumulation, torch.compile, restarts.
 
     python python_examples/ddp_fsdp.py                                     # one process
     torchrun --nproc-per-node 2 python_examples/ddp_fsdp.py --wrap fsdp    # the same losses
-    torchrun --nproc-per-node 2 --max-restarts 1 python_examples/ddp_fsdp.py \
-        --checkpoint runs/two --fail-at 7      # one process dies; torchrun starts all again
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 1 \
+        python_examples/ddp_fsdp.py --wrap fsdp --checkpoint runs/two --fail-at 7
+
+In the last line one process dies and torchrun starts all again. Without the variable they may find
+the address of the dead one in torchrun's store and fail (pytorch/pytorch#135712).
 
 With the same --batch any number of processes sees the same rows in each step. Dropout is off
 here, as every process draws its own.
