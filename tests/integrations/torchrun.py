@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def environment() -> dict[str, str]:
     """Of this process, with the checkout first on the path and one thread."""
-    # torchrun keeps one store for all its restarts, where a process may find the address of one that
+    # torchrun keeps one store for all restarts, where a process may find the address of one that
     # died (pytorch/pytorch#135712): a store for each.
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
