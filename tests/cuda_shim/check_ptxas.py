@@ -34,8 +34,8 @@ ALLOWED: tuple[tuple[str, int, str], ...] = (
     # One item a pass would fit; two hide the memory's latency, and sm_90 has room for them.
     (r"sm_(80|120) forward_kernel<\w+,64,false>", 104, "two items a pass"),
     (r"sm_100 forward_kernel<BFloat16,8,true>", 8, "28 bytes of spills, in sums of segments alone"),
-    (r"sm_(80|100) wide_backward_kernel<\w+,128,false>", 8, "likewise"),
-    (r"sm_80 mma_forward_kernel<Half,64,false>", 8, "likewise, of the 128 its threads leave it"),
+    (r"sm_(80|100) wide_backward_kernel<\w+,128,false>", 8, "all 255 registers too"),
+    (r"sm_80 mma_forward_kernel<Half,64,false>", 8, "all 128 registers its threads leave it"),
     (r"backward_kernel<\w+,8,true>", 64, "32 bytes on sm_90, in the sums of segments alone"),
     (r"<double(,0)?>$", 64, "40 bytes on sm_90: sincos of a double keeps an array"),
     (r"generic_(for|back)ward_kernel<", 80, "rare head dims; 16 bytes on sm_90, 80 on sm_120"),
