@@ -9,6 +9,7 @@
 namespace recgrela {
 namespace {
 
+constexpr int64_t kUsersToShare = 4;  // fewer on a thread are slower than all on one
 constexpr int64_t kMostLayers = 1024, kMostWidth = 1 << 24;  // no product of sizes overflows
 
 int64_t count_weights(int64_t layers, int64_t C, int64_t W, int64_t M, bool gate, bool final_norm) {
@@ -79,7 +80,7 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
   p.active = static_cast<const bool*>(data_or_null(active));
 
   const Kernels& level = kernels();
-  run_parallel(op, (B + kUsersAtOnce - 1) / kUsersAtOnce, 1,
+  run_parallel(op, B, kUsersToShare,
                [&](int64_t begin, int64_t end) { level.encoder_step(p, begin, end); });
   return out;
 }

@@ -64,7 +64,9 @@ struct TopKParams {
 
 constexpr int kGroupUsers = 512, kBlockItems = 240;
 
-constexpr int kUsersAtOnce = 4;  // users that share one pass over the weights in encoder_step
+// encoder_step: users that share one pass over the weights, columns to a panel of a weight.
+constexpr int kUsersAtOnce = 16;
+constexpr int64_t kPanelColumns = 64;
 
 // y = [residual +] dropout(act(x)) on contiguous elements; backward: the gradient of x.
 struct ActivationDropoutParams {
@@ -82,7 +84,7 @@ struct ActivationDropoutParams {
 constexpr int64_t kDropoutBlock = 1024;  // elements of activation_dropout with one pair of keys
 
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
-// step, (group, head) pairs backward, blocks of kUsersAtOnce users in encoder_step, blocks of
+// step, (group, head) pairs backward, users in encoder_step, blocks of
 // kDropoutBlock elements in activation_dropout. Work items are independent of each other. Forward
 // with segments they are ((b * H + h) * segments + s), and segment_sums must have run over all of
 // them and join_segments after it.

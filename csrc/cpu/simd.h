@@ -124,7 +124,15 @@ constexpr A kHighest = -kLowest<A>;
 
 template <class A>
 RECGRELA_INLINE Vec<A> splat(A x) {
-  return zero_vector<A>() + x;
+  return x - zero_vector<A>();  // not 0 + x, which is not x where x is -0
+}
+
+// Loaded once: the compiler would rather load anew for every use than spend a register.
+template <class V>
+RECGRELA_INLINE void keep_in_register(V& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
 }
 
 // phi(x) = x + 1 above 0, exp(x) below; never 0. Its derivative is min(phi(x), 1).

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from .grela_block import GRELABlock, sequence_of_rows
-from .packing import PackedCache
+from .packing import pack
 from .rank_modulator import AdaptiveRankModulator
 from .rela import State
+from .watch import Derived
 
 
 class GRELAEncoder(nn.Module):
@@ -42,7 +43,7 @@ class GRELAEncoder(nn.Module):
         )
         eps = block.get("layer_norm_eps", 1e-6)
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps) if final_norm else None
-        self._packed = PackedCache()
+        self._packed = Derived(pack)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Start anew, as `RecGRELA` does: N(0, std) for Linear weights, zero biases, the short

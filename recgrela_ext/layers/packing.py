@@ -1,9 +1,7 @@
-"""An encoder's weights packed for `ops.encoder_step`, kept until one of them changes."""
+"""An encoder's weights packed for `ops.encoder_step`."""
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +11,6 @@ from .. import ops
 
 if TYPE_CHECKING:
     from .encoder import GRELAEncoder
-
-
-_VERSION = attrgetter("_version")
 
 
 def can_pack(encoder: GRELAEncoder) -> bool:
@@ -49,8 +44,10 @@ def _is_fused(layer: Any) -> bool:
     )
 
 
-def pack(encoder: GRELAEncoder) -> ops.PackedEncoder:
-    """The weights of an encoder for which `can_pack` holds."""
+def pack(encoder: GRELAEncoder) -> ops.PackedEncoder | None:
+    """The weights of an encoder; None where its configuration has no fused step."""
+    if not can_pack(encoder):
+        return None
     first: Any = encoder.layers[0]
     norm = None if encoder.final_norm is None else _pair(encoder.final_norm)
     return ops.pack_encoder(
@@ -82,55 +79,3 @@ def _weights(layer: Any) -> ops.EncoderLayer:
         _pair(layer.mlp.fc1),
         _pair(layer.mlp.fc2),
     )
-
-
-def version_of(x: Tensor) -> int:
-    """How often `x` was written to; 0 for an inference tensor, which does not count."""
-    return 0 if x.is_inference() else x._version
-
-
-class PackedCache:
-    """The packed weights of one encoder, made again when a parameter or module was changed.
-
-    It is asked at every event: the modules and parameters are listed once, and then compared by
-    functions that need no bytecode per parameter.
-    """
-
-    def __init__(self) -> None:
-        self._modules: list[nn.Module] = []  # kept alive, so that no id comes back
-        self._held: list[dict[str, Any]] = []  # parameters and children of all modules
-        self._hooks: list[dict[int, Any]] = []
-        self._tensors: list[Tensor] = []
-        self._key: tuple[Any, ...] | None = None
-        self._packed: ops.PackedEncoder | None = None
-
-    def get(self, encoder: GRELAEncoder) -> ops.PackedEncoder | None:
-        """None where the encoder's configuration has no fused step."""
-        if self._key is None or self._look() != self._key:
-            self._list(encoder)
-            self._packed = pack(encoder) if can_pack(encoder) else None
-            self._key = self._look()
-        return self._packed
-
-    def _list(self, encoder: GRELAEncoder) -> None:
-        modules = self._modules = list(encoder.modules())
-        held = [kind for m in modules for kind in (m._parameters, m._modules)]
-        self._held = [kind for kind in held if kind]
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._tensors = [p for m in modules for p in m._parameters.values() if p is not None]
-
-    def _look(self) -> tuple[Any, ...]:
-        """Equal as long as nothing was changed; a version never falls, so their sum tells."""
-        places = list(map(Tensor.data_ptr, self._tensors))  # `p.data = x` changes nothing else
-        try:
-            versions = sum(map(_VERSION, self._tensors))
-        except RuntimeError:  # an inference tensor is among them, which does not count
-            versions = sum(map(version_of, self._tensors))
-        held = list(map(id, chain.from_iterable(map(dict.values, self._held))))
-        return places, versions, held, any(self._hooks)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
-        return PackedCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (PackedCache, ())

@@ -17,7 +17,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
-from ..layers.packing import version_of
 from .config import RecGRELAConfig
 
 if TYPE_CHECKING:
@@ -50,20 +49,18 @@ NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share
 
 def fingerprint(model: RecGRELA) -> bytes:
     """16 bytes, computed again only when a weight was replaced or written to."""
+    return model._fingerprint.get(model)
+
+
+def make_fingerprint(model: RecGRELA) -> bytes:
     # A quantised layer's state holds more than tensors.
     state = model.state_dict(keep_vars=True)
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    key = tuple((t.data_ptr(), version_of(t), t.dtype) for t in tensors.values())
-    cached = model.__dict__.get("_fingerprint")
-    if cached is None or cached[0] != key:
-        fields = model.config.to_dict()
-        for name in NOT_IN_FINGERPRINT:
-            fields.pop(name)
-        text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
-        cached = (key, hashlib.sha256(text.encode()).digest()[:16])
-        model.__dict__["_fingerprint"] = cached
-    found: bytes = cached[1]
-    return found
+    fields = model.config.to_dict()
+    for name in NOT_IN_FINGERPRINT:
+        fields.pop(name)
+    text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def last_fingerprint_is(model: RecGRELA, expected: bytes) -> bool:
@@ -72,8 +69,7 @@ def last_fingerprint_is(model: RecGRELA, expected: bytes) -> bool:
     Cheap enough for every event: the weights are looked at only when it is not the one known last,
     so a change of the weights since then goes unnoticed.
     """
-    cached = model.__dict__.get("_fingerprint")
-    return (cached is not None and cached[1] == expected) or fingerprint(model) == expected
+    return model._fingerprint.known() == expected or fingerprint(model) == expected
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -91,7 +91,7 @@ class Pool:
             self.group,
         )
         hidden = hidden.index_select(0, index).to(self.in_use)
-        return sums, position.index_select(0, index), hidden
+        return sums.to(self.in_use), position.index_select(0, index), hidden
 
     def encode(self, sums: Tensor, position: Tensor, hidden: Tensor) -> Rows:
         """Rows in this pool's format; StateError for what float16 cannot hold."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
+from ..layers.watch import Derived
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
@@ -51,6 +52,7 @@ class RecGRELA(nn.Module):
             )
         self.config = config
         self.id_map: IdMap | None = None
+        self._fingerprint = Derived(persistence.make_fingerprint)
         width = config.hidden_size
         self.item_embedding = nn.Embedding(config.rows, width, padding_idx=config.padding_idx)
         learned = config.position == "learned"

@@ -139,12 +139,27 @@ class _User:
         self.ids = np.empty(0, dtype=np.int32) if ids is None else ids
 
     def add(self, items: np.ndarray) -> None:
+        """Sorted, distinct rows, int32."""
+        if len(items) == 1:
+            self._add_one(items[0])
+            return
         place = np.searchsorted(self.ids, items)
         inside = place < len(self.ids)
         fresh = np.ones(len(items), dtype=bool)
         fresh[inside] = self.ids[place[inside]] != items[inside]
         if fresh.any():
             self.ids = np.insert(self.ids, place[fresh], items[fresh])
+
+    # What np.insert does, in a third of its time: this is done at every event.
+    def _add_one(self, item: np.int32) -> None:
+        old = self.ids
+        place = int(old.searchsorted(item))
+        if place < len(old) and old[place] == item:
+            return
+        self.ids = np.empty(len(old) + 1, dtype=np.int32)
+        self.ids[:place] = old[:place]
+        self.ids[place] = item
+        self.ids[place + 1 :] = old[place:]
 
 
 def _check_rows(caller: str, items: np.ndarray) -> None:
@@ -161,4 +176,5 @@ def _check_rows(caller: str, items: np.ndarray) -> None:
 
 
 def _sorted(items: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.unique(np.asarray(items)).astype(np.int32)
+    items = np.asarray(items)
+    return (np.unique(items) if items.size > 1 else items.ravel()).astype(np.int32)

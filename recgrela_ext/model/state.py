@@ -14,6 +14,7 @@ import dataclasses
 import struct
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,11 @@ class UserState:
             bound = int(position.max()) if position.numel() else 0
             clock = _Clock(position, bound)
         self._clock = clock
-        self.layers = layout.views(buffer, position)
+
+    @cached_property
+    def layers(self) -> list[State]:
+        """Per layer (kv, k_sum, conv, position), views of this state."""
+        return self.layout.views(self.buffer, self.position)
 
     @classmethod
     def zeros(

@@ -137,11 +137,16 @@ class UserStateStore:
             ValueError, TypeError: `users` is not one-dimensional or not of integers.
         """
         ids = _user_ids("UserStateStore.lookup", users)
+        found = [pool.find(ids) for pool in self.pools]
+        for pool, slots in zip(self.pools, found, strict=True):
+            if len(ids) and (slots >= 0).all():  # as when users come one at a time
+                pool.recency.touch(slots)
+                known = torch.ones(len(ids), dtype=torch.bool)
+                return Lookup(self._state(*pool.read(slots)), self._seen_of(ids), known)
         state = self.model.init_state(len(ids))
         known = torch.zeros(len(ids), dtype=torch.bool)
         parts = (state.buffer, state.position, state.hidden)
-        for pool in self.pools:
-            slots = pool.find(ids)
+        for pool, slots in zip(self.pools, found, strict=True):
             here = np.flatnonzero(slots >= 0)
             if not len(here):
                 continue

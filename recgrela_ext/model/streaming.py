@@ -22,7 +22,8 @@ from .state import StateLayout, UserState
 if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
-_FUSED_USERS = 64  # above it the layers' matrix products are faster
+_FUSED_WIDTH = 128  # beyond it, with more than _FEW_USERS, the layers' matrix products are faster
+_FEW_USERS = 64
 _ROWS = 1 << 14  # packed rows at once
 _NOTHING = nullcontext()
 
@@ -195,9 +196,9 @@ def _prefill_rows(
 
 
 def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | None) -> Tensor:
-    """All layers of one event; for few users in a single operator, which saves the overhead."""
-    fused = x.shape[0] <= _FUSED_USERS and x.dtype == state.buffer.dtype
-    if fused and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    """All layers of one event, in a single operator where that is faster."""
+    fused = (x.shape[0] <= _FEW_USERS or x.shape[1] <= _FUSED_WIDTH) and x.device.type == "cpu"
+    if fused and x.dtype == state.buffer.dtype and not torch.is_autocast_enabled("cpu"):
         packed = model.encoder.packed_weights()
         if packed is not None:
             return encoder_step_unchecked(x, packed, (state.buffer, state.position), active)
@@ -207,7 +208,7 @@ def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | 
 def _active(model: RecGRELA, caller: str, items: Tensor) -> Tensor | None:
     """Which users get a real item; None where all are known to. Wrong ids are refused."""
     config = model.config
-    if items.shape[0] <= _FUSED_USERS and inputs.values_are_checked(items):
+    if items.shape[0] <= _FEW_USERS and inputs.values_are_checked(items):
         rows = items.tolist()  # for few users a list is looked at sooner than a tensor
         if rows and min(rows) >= 0 and max(rows) < config.rows:
             return items != config.padding_idx if config.padding_idx in rows else None

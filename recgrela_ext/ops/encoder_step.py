@@ -18,6 +18,8 @@ from . import reference
 from .checks import check_tensor
 from .gated_rela import forward_mode, needs_gradient
 
+_PANEL = 64  # kPanelColumns of csrc/cpu/kernels.h
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderLayer:
@@ -86,10 +88,10 @@ def pack_encoder(
             raise ValueError("pack_encoder: layers must be of one kind, got a mixture")
         pieces += layer.norm1
         for weight, bias in (p for p in (layer.gate, layer.in_proj, layer.qk_proj) if p):
-            pieces += (weight.t(), bias)
-        pieces += layer.conv or ()
-        pieces += (layer.out_proj[0].t(), layer.out_proj[1], *layer.norm2)
-        pieces += (layer.fc1[0].t(), layer.fc1[1], layer.fc2[0].t(), layer.fc2[1])
+            pieces += (*_panels(weight), bias)
+        pieces += (layer.conv[0].t(), layer.conv[1]) if layer.conv else ()
+        pieces += (*_panels(layer.out_proj[0]), layer.out_proj[1], *layer.norm2)
+        pieces += (*_panels(layer.fc1[0]), layer.fc1[1], *_panels(layer.fc2[0]), layer.fc2[1])
     pieces += final_norm or ()
     first = layers[0]
     dtype = reference.accumulate_dtype(first.in_proj[0].dtype)
@@ -106,6 +108,11 @@ def pack_encoder(
         eps,
         layer_norm_eps,
     )
+
+
+def _panels(weight: Tensor) -> tuple[Tensor, ...]:
+    """A Linear weight [out, in] as [in, columns] pieces of at most `_PANEL` columns."""
+    return weight.t().split(_PANEL, dim=1)
 
 
 def encoder_step(
@@ -219,7 +226,8 @@ def reference_encoder_step(
         return F.layer_norm(x, (C,), take(C), take(C), packed.layer_norm_eps)
 
     def linear(x: Tensor, out: int) -> Tensor:
-        weight = take(x.shape[-1], out)
+        widths = [min(_PANEL, out - first) for first in range(0, out, _PANEL)]
+        weight = torch.cat([take(x.shape[-1], width) for width in widths], dim=1)
         return x @ weight + take(out)
 
     x = item_vectors
@@ -234,7 +242,7 @@ def reference_encoder_step(
         gate = linear(h, C).view(-1, H, D) if packed.gate else None
         u = linear(h, C)
         q, k = linear(u, 2 * C).view(-1, 2, H, D).unbind(1)
-        weight, bias = (take(C, W), take(C)) if W else (None, None)
+        weight, bias = (take(W, C).t(), take(C)) if W else (None, None)
         y = reference.gated_rela_step(q, k, u.view(-1, H, D), gate, packed.inv_freq, weight, bias,
                                       (*views, position), packed.eps, active)  # fmt: skip
         x = x + linear(y.reshape(-1, C), C)

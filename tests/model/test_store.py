@@ -170,6 +170,16 @@ def test_formats_at_rest(model: RecGRELA, dtype: str, limit: float) -> None:
     assert equal(store.lookup([1]).state, before)  # reading converts nothing again
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
+def test_a_float64_model_rests_in_any_format(make_model: MakeModel, dtype: str) -> None:
+    model = make_model().double()
+    store = UserStateStore(model, 4, dtype, active=1)
+    for user in (1, 2, 1, 2):
+        store.step([user], torch.tensor([3]))
+    for users in ([1], [1, 2], [1, 9]):
+        assert store.lookup(users).state.buffer.dtype == torch.float64
+
+
 def test_an_event_costs_no_conversion(model: RecGRELA) -> None:
     """Users in use stay exact over any number of events; those at rest are converted on return."""
     store, items = UserStateStore(model, 4, "int8", active=2), torch.randint(1, 50, (50, 2))

@@ -17,6 +17,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 OPTIONS = {
     "default": {},
     "odd widths": {"hidden_size": 40},
+    "less than a vector over": {"hidden_size": 20, "num_heads": 2},
+    "more than a panel": {"hidden_size": 72},
     "wide": {"hidden_size": 128, "num_heads": 2, "num_layers": 1},
     "final norm": {"final_norm": True},
     "without gate": {"gate": False},
@@ -50,7 +52,7 @@ def test_agrees_with_the_layers_and_the_reference(options: dict, dtype: torch.dt
     torch.manual_seed(0)
     encoder = make_encoder(dtype, **options)
     packed = packing.pack(encoder)
-    users = 6  # more than one block of users
+    users = 19  # more than one block of users
     x = torch.randn(users, 9, encoder.hidden_size, dtype=dtype)
     expected = encoder(x)
     state, other = make_state(packed, users), make_state(packed, users)
@@ -61,6 +63,26 @@ def test_agrees_with_the_layers_and_the_reference(options: dict, dtype: torch.dt
         state[1].add_(1)
         other[1].add_(1)
     assert relative(state[0], other[0]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("hidden_size", [20, 64, 72])
+@torch.no_grad()
+def test_a_users_bits_do_not_depend_on_who_shares_the_pass(hidden_size: int) -> None:
+    torch.manual_seed(0)
+    packed = packing.pack(make_encoder(torch.float32, hidden_size=hidden_size, num_heads=2))
+    assert packed is not None
+    x = torch.randn(35, hidden_size)
+    rows, position = make_state(packed, 35)
+    rows.normal_().abs_()
+    before = rows.clone()
+    together = ops.encoder_step(x, packed, (rows, position))
+    for size in (1, 2, 3, 5, 16, 17):
+        for start in range(0, 35, size):
+            part = slice(start, start + size)
+            alone = before[part].clone()
+            out = ops.encoder_step(x[part], packed, (alone, position[part]))
+            assert torch.equal(out, together[part])
+            assert torch.equal(alone, rows[part])
 
 
 @torch.no_grad()
