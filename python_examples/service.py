@@ -13,6 +13,7 @@ the seen items are stored in one transaction, and the answer goes out afterwards
 acknowledged is there after a crash, what was not can be sent again. Writers of one user wait for
 each other (SQLite) or try again (Redis, which several machines can share; for the same promise it
 must run with `appendonly yes` and `appendfsync always`). Events that fail to apply store nothing.
+While the storage cannot be reached the answer is 503: send the event again, its id makes that safe.
 
 States rest in float32, because here every event stores one and smaller formats would be rounded
 each time. Lists come from an int8 copy of the item table, a quarter of the bytes to read, and not
@@ -36,13 +37,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from recgrela_ext import ItemTable, RecGRELA, SeenItems, UserState
+from recgrela_ext import ItemTable, RecGRELA, SeenItems, StateError, UserState
 
 Update = Callable[[bytes | None], bytes]
 
 
 class Storage(Protocol):
     """Blobs by user, and the ids of the events that are in them."""
+
+    failures: tuple[type[Exception], ...]  # what its functions raise while it cannot be reached
 
     def read(self, user: str) -> bytes | None: ...
 
@@ -56,6 +59,8 @@ class Storage(Protocol):
 
 class SQLiteStorage:
     """One file; any number of threads and processes of one machine."""
+
+    failures: tuple[type[Exception], ...] = (sqlite3.OperationalError,)  # locked, disk full
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -97,7 +102,8 @@ class SQLiteStorage:
                 db.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, blob))
             db.execute("COMMIT")
         except BaseException:
-            db.execute("ROLLBACK")
+            if db.in_transaction:  # a full disk has ended it
+                db.execute("ROLLBACK")
             raise
         return new
 
@@ -108,7 +114,8 @@ class RedisStorage:
     def __init__(self, url: str) -> None:
         import redis
 
-        self.client: Any = redis.Redis.from_url(url)
+        self.failures: tuple[type[Exception], ...] = (redis.ConnectionError, redis.TimeoutError)
+        self.client: Any = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=2)
         self.collision = redis.WatchError
 
     def read(self, user: str) -> bytes | None:
@@ -158,6 +165,16 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
         # Not FastAPI's own answer: it repeats the input, and has no way to write NaN.
         mistakes = [{"loc": one["loc"], "msg": one["msg"]} for one in error.errors()]
         return JSONResponse({"detail": mistakes}, 422)
+
+    def unreachable(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": f"storage cannot be reached, try again: {error}"}, 503)
+
+    for failure in storage.failures:
+        app.add_exception_handler(failure, unreachable)
+
+    @app.exception_handler(StateError)
+    def foreign(request: Request, error: StateError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 409)  # the user must be rebuilt
 
     @app.post("/events")
     def event(event: Event) -> dict[str, bool]:

@@ -180,33 +180,76 @@ def test_lists_and_refusals(folder: Path) -> None:
     follow(folder, "--database", str(folder / "states.sqlite"))
 
 
-@pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    pytest.importorskip("redis", reason="needs the Redis client")
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.skip("needs redis-server on the PATH")
-    port = free_port()
-    command = [server, "--port", str(port), "--dir", str(tmp_path), "--appendonly", "yes"]
-    process = subprocess.Popen([*command, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
-    try:
+class Redis:
+    """A Redis server that keeps what it has acknowledged."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.command = [program, "--port", str(self.port), "--dir", str(folder)]
+        self.command += ["--appendonly", "yes", "--appendfsync", "always"]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
         for _ in range(100):
-            with connected(port) as answered:
-                if answered:
-                    break
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
             time.sleep(0.1)
-        yield f"redis://127.0.0.1:{port}"
+        raise AssertionError("Redis did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    pytest.importorskip("redis", reason="needs the Redis client")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("needs redis-server on the PATH")
+    server = Redis(program, tmp_path)
+    try:
+        yield server
     finally:
-        process.terminate()
-        process.wait()
+        server.kill()
 
 
-@contextmanager
-def connected(port: int) -> Iterator[bool]:
-    with socket.socket() as s:
-        yield s.connect_ex(("127.0.0.1", port)) == 0
+def test_redis(folder: Path, redis: Redis) -> None:
+    follow(folder, "--redis", redis.url)
+    crash(folder, 1, "--redis", redis.url)
 
 
-def test_redis(folder: Path, redis_url: str) -> None:
-    follow(folder, "--redis", redis_url)
-    crash(folder, 1, "--redis", redis_url)
+def test_redis_gone_and_back(folder: Path, redis: Redis) -> None:
+    """Meanwhile every answer says so; then the service goes on with all that was acknowledged."""
+    with running(folder, "--redis", redis.url) as service:
+        for number in range(5):
+            assert service.send(f"e{number}", "anna", 1 + number)
+        redis.kill()
+        event = {"event_id": "e5", "user": "anna", "item": 6}
+        for answer in (
+            service.client.post("/events", json=event),
+            service.client.get("/users/anna"),
+            service.client.get("/recommend", params={"user": "anna"}),
+        ):
+            assert answer.status_code == 503
+            assert "try again" in answer.json()["detail"]
+        redis.start()
+        assert service.send("e5", "anna", 6)
+        assert not service.send("e4", "anna", 5)
+        assert service.client.get("/users/anna").json()["events"] == 6
+
+
+def test_a_state_of_another_model_is_refused(folder: Path) -> None:
+    storage = ("--database", str(folder / "states.sqlite"))
+    with running(folder, *storage) as service:
+        assert service.send("e0", "anna", 3)
+    torch.manual_seed(1)
+    RecGRELA(RecGRELAConfig(num_items=50, num_layers=2)).save_pretrained(folder / "model")
+    with running(folder, *storage) as service:
+        event = {"event_id": "e1", "user": "anna", "item": 4}
+        assert service.client.post("/events", json=event).status_code == 409
+        assert service.client.get("/events/e1").json() == {"stored": False}
+        assert service.send("e2", "bert", 4)
