@@ -61,7 +61,7 @@ RECGRELA_NOINLINE void multiply(const A* x, int64_t x_stride, const A* weight, c
         }
       }
     };
-    // Eight sums at least hide the latency of a multiply-add.
+    // Eight sums hide the latency of a multiply-add; a panel is but four vectors of AVX-512 floats.
     if (users == 1) tiles(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{});
     tiles(std::integral_constant<int, kShare>{}, std::integral_constant<int, 4>{});
     tiles(std::integral_constant<int, kShare>{}, std::integral_constant<int, 1>{});

@@ -20,9 +20,11 @@ def can_pack(encoder: GRELAEncoder) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether weight and bias say all: not so for adapters, quantised layers, or with hooks."""
+    """Whether weight and bias say all: not so for adapters, quantised layers, with hooks or a
+    `forward` of its own."""
     plain = type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None
-    return plain and not module._forward_hooks and not module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return plain and not hooked
 
 
 def _affine_modules(layer: Any) -> list[nn.Module]:

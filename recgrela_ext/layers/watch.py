@@ -23,20 +23,18 @@ class Derived(Generic[M, T]):
 
     def __init__(self, make: Callable[[M], T]) -> None:
         self._make = make
-        self._last: tuple[_Weights, _Look, T] | None = None
+        self._last: tuple[_Weights, T] | None = None
 
     def get(self, module: M) -> T:
         last = self._last
-        if last is None or last[0].look() != last[1]:
-            weights = _Weights(module)
-            look = weights.look()  # before they are read: a write meanwhile is seen next time
-            last = (weights, look, self._make(module))
-            self._last = last
-        return last[2]
+        if last is None or not last[0].unchanged():
+            weights = _Weights(module)  # before they are read: a write meanwhile is seen next time
+            last = self._last = (weights, self._make(module))
+        return last[1]
 
     def known(self) -> T | None:
         """What was made last, without a look at the weights; None before the first time."""
-        return None if self._last is None else self._last[2]
+        return None if self._last is None else self._last[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[M, T]:
         return Derived(self._make)
@@ -45,29 +43,41 @@ class Derived(Generic[M, T]):
         return Derived, (self._make,)
 
 
-_Look = tuple[list[int], int, list[int], bool]
-
-
 class _Weights:
-    def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())  # kept alive, so that no id comes back
-        kinds = [k for m in self._modules for k in (m._parameters, m._buffers, m._modules)]
-        self._held: list[dict[str, Any]] = [kind for kind in kinds if kind]
-        self._hooks = [h for m in self._modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        tensors = (
-            t for m in self._modules for k in (m._parameters, m._buffers) for t in k.values()
-        )
-        self._tensors = [t for t in tensors if t is not None]
+    """A module's tensors as they were. Everything is listed from one look at each dict, so that
+    another thread's change meanwhile is seen next time."""
 
-    def look(self) -> _Look:
-        """Equal as long as nothing was changed; a version never falls, so their sum tells."""
+    def __init__(self, module: nn.Module) -> None:
+        self._held: list[dict[Any, Any]] = []
+        self._empty: list[dict[Any, Any]] = []
+        self._found: list[Any] = []  # kept alive, so that no id comes back
+        modules, known = [module], {id(module)}
+        for m in modules:  # grows meanwhile
+            for kind in (m._parameters, m._buffers, m._modules,
+                         m._forward_hooks, m._forward_pre_hooks):  # fmt: skip
+                values: list[Any] = list(kind.values())
+                (self._held if values else self._empty).append(kind)
+                self._found += values
+                new = [v for v in values if isinstance(v, nn.Module) and id(v) not in known]
+                modules += new
+                known.update(map(id, new))
+        self._ids = list(map(id, self._found))
+        self._tensors = [value for value in self._found if isinstance(value, Tensor)]
+        self._memory = [t.detach() for t in self._tensors]  # kept too, so that no place comes back
+        self._places, self._versions = self._look()
+
+    def unchanged(self) -> bool:
+        ids = list(map(id, chain.from_iterable(map(dict.values, self._held))))
+        same = ids == self._ids and not any(self._empty)
+        return same and self._look() == (self._places, self._versions)
+
+    def _look(self) -> tuple[list[int], int]:
         places = list(map(Tensor.data_ptr, self._tensors))  # `p.data = x` changes nothing else
-        try:
+        try:  # a version never falls, so their sum tells
             versions = sum(map(_VERSION, self._tensors))
         except RuntimeError:  # an inference tensor is among them, which does not count
             versions = sum(map(_version_of, self._tensors))
-        held = list(map(id, chain.from_iterable(map(dict.values, self._held))))
-        return places, versions, held, any(self._hooks)
+        return places, versions
 
 
 def _version_of(x: Tensor) -> int:

@@ -156,10 +156,11 @@ class _User:
         place = int(old.searchsorted(item))
         if place < len(old) and old[place] == item:
             return
-        self.ids = np.empty(len(old) + 1, dtype=np.int32)
-        self.ids[:place] = old[:place]
-        self.ids[place] = item
-        self.ids[place + 1 :] = old[place:]
+        new = np.empty(len(old) + 1, dtype=np.int32)
+        new[:place] = old[:place]
+        new[place] = item
+        new[place + 1 :] = old[place:]
+        self.ids = new
 
 
 def _check_rows(caller: str, items: np.ndarray) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
 Ids = Sequence[int] | np.ndarray | Tensor
+_LAST_USER = np.iinfo(np.int64).max
 
 
 class Lookup(NamedTuple):
@@ -350,6 +351,8 @@ def _user_ids(caller: str, users: Ids) -> Users:
         raise ValueError(f"{caller}: users must be [B], got {list(ids.shape)}")
     if len(ids) and ids.dtype.kind not in "iu":
         raise TypeError(f"{caller}: users must be integers, got {ids.dtype}")
+    if ids.dtype == np.uint64 and len(ids) and int(ids.max()) > _LAST_USER:
+        raise ValueError(f"{caller}: users must fit in int64, got {ids.max()}")
     return ids.astype(np.int64)
 
 

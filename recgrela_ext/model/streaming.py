@@ -201,7 +201,8 @@ def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | 
     if fused and x.dtype == state.buffer.dtype and not torch.is_autocast_enabled("cpu"):
         packed = model.encoder.packed_weights()
         if packed is not None:
-            return encoder_step_unchecked(x, packed, (state.buffer, state.position), active)
+            position = state.position.contiguous()  # it is not where the state is `other[::2]`
+            return encoder_step_unchecked(x, packed, (state.buffer, position), active)
     return model.encoder.step(x, state.layers, active)
 
 

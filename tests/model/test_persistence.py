@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from recgrela_ext.data import IdMap
 from recgrela_ext.errors import CheckpointError
@@ -122,6 +123,15 @@ def test_interrupted_saving_leaves_the_old_model(
         make_model().save_pretrained(tmp_path)
     assert torch.equal(RecGRELA.from_pretrained(tmp_path)(ITEMS), old(ITEMS))
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_fingerprint_after_an_additional_tensor(make_model: MakeModel) -> None:
+    model = make_model()
+    first = model.fingerprint()
+    model.encoder.layers[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    second = model.fingerprint()
+    model.encoder.layers[0].in_proj.register_buffer("scale", torch.ones(1))
+    assert len({first, second, model.fingerprint()}) == 3
 
 
 def test_pickle_and_deepcopy(make_model: MakeModel) -> None:

@@ -33,8 +33,12 @@ def test_slices_are_views(make_model: MakeModel) -> None:
     assert torch.equal(whole.buffer, want.buffer)
     assert torch.equal(whole.hidden, want.hidden)
     assert torch.equal(whole.position, want.position)
+    model.step(torch.tensor([4, 6]), whole[::2])
+    model.step(torch.tensor([4, 0, 6]), want)
+    assert torch.equal(whole.buffer, want.buffer)
+    assert torch.equal(whole.position, want.position)
     assert len(whole[1:]) == 2
-    assert whole[-1].position.tolist() == [5]
+    assert whole[-1].position.tolist() == [6]
     with pytest.raises(IndexError, match="below 3 users, got 3"):
         whole[3]
     with pytest.raises(TypeError, match="int or slice, got list"):

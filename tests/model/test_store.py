@@ -303,6 +303,8 @@ def test_bad_arguments(model: RecGRELA, make_model: MakeModel) -> None:
         store.lookup([[1]])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="users must be integers, got float64"):
         store.lookup([1.5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="users must fit in int64, got 18446744073709551615"):
+        store.lookup([2**64 - 1])
     with pytest.raises(ValueError, match=r"items must be \[1\], got \[2\]"):
         store.step([1], torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="state must come from this model"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import prune
 
 from recgrela_ext import GRELAEncoder, _library, ops
-from recgrela_ext.layers import packing
+from recgrela_ext.layers import packing, watch
 from recgrela_ext.ops.encoder_step import reference_encoder_step
 from tests.ops.bad_inputs import raw
 
@@ -153,8 +154,49 @@ def test_weights_are_packed_again_after_a_change() -> None:
     assert not torch.equal(third.weights, second.weights)
 
 
+def test_a_replaced_weight_is_noticed_where_its_memory_comes_back() -> None:
+    encoder = make_encoder(torch.float32)
+    weight = encoder.layers[0].in_proj.weight
+    for _ in range(50):  # the allocator need not give the same memory each time
+        encoder.packed_weights()
+        weight.data = weight.data + 1
+        weight.data = weight.data + 1
+        packed, fresh = encoder.packed_weights(), packing.pack(encoder)
+        assert packed is not None
+        assert fresh is not None
+        assert torch.equal(packed.weights, fresh.weights)
+
+
+def test_a_module_replaced_while_another_thread_asks_is_watched() -> None:
+    def replace(encoder: torch.nn.Module) -> None:
+        if not replaced:
+            replaced.append(True)
+            encoder[0] = torch.nn.Linear(2, 2)
+
+    class Slow(torch.nn.Linear):
+        """Has its neighbour replaced at the moment its parameters are listed."""
+
+        def __getattribute__(self, name: str) -> object:
+            if name == "_parameters" and armed:
+                replace(model)
+            return super().__getattribute__(name)
+
+    armed: list[bool] = []
+    replaced: list[bool] = []
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Slow(2, 2))
+    total = watch.Derived(lambda m: float(m[0].bias.detach().sum()))
+    armed.append(True)
+    total.get(model)
+    armed.clear()
+    with torch.no_grad():
+        model[0].bias.fill_(3)
+    assert replaced
+    assert total.get(model) == 6
+
+
 def changed_encoder(change: str) -> GRELAEncoder:
-    """An encoder whose packed weights were asked for before a part of it was changed."""
+    """An encoder of which a part was changed, after its packed weights were asked for unless that
+    is a function put in the place of `forward`."""
     encoder = make_encoder(torch.float32)
     assert encoder.packed_weights() is not None
     layer = encoder.layers[0]
@@ -163,6 +205,14 @@ def changed_encoder(change: str) -> GRELAEncoder:
     elif change == "adapter":
         layer.out_proj = Adapter(layer.out_proj)
     elif change == "hook":
+        layer.mlp.fc1.register_forward_hook(lambda module, x, out: 2 * out)
+    elif change == "forward":
+        encoder = make_encoder(torch.float32)
+        fc1 = encoder.layers[0].mlp.fc1
+        fc1.forward = lambda x: 2 * F.linear(x, fc1.weight, fc1.bias)
+    elif change == "second hook":
+        encoder.register_forward_hook(lambda module, x, out: None)
+        assert encoder.packed_weights() is not None
         layer.mlp.fc1.register_forward_hook(lambda module, x, out: 2 * out)
     else:
         prune.l1_unstructured(layer.in_proj, "weight", 0.5)
@@ -180,7 +230,7 @@ class Adapter(torch.nn.Module):
         return self.base(x) + x
 
 
-@pytest.mark.parametrize("change", ["layer", "adapter", "hook", "prune"])
+@pytest.mark.parametrize("change", ["layer", "adapter", "hook", "second hook", "forward", "prune"])
 @torch.no_grad()
 def test_changed_modules_are_noticed(change: str) -> None:
     encoder = changed_encoder(change)
