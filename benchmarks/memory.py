@@ -100,7 +100,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--list", action="store_true", help="print the names of the points")
     command.add_argument("--quick", action="store_true", help="a few small points, a minute")
-    command.add_argument("--fresh", action="store_true", help="measure again what the file holds")
+    command.add_argument("--fresh", action="store_true", help="measure these points again")
     command.add_argument(
         "--seconds", type=float, help="start no new point after so many; call again to go on"
     )
@@ -118,7 +118,9 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(map(name_of, grid)))
         return 0
     path = options.out or (None if options.quick else RESULT)
-    results = Results(path, options.quick, options.fresh)
+    results = Results(path, options.quick)
+    if options.fresh:
+        results.forget(grid)
     if "quality" in parts and options.work:
         results.content["quality"] = quality(options.work)
         if "missing" not in results.content["quality"][memory_quality.OURS]:
@@ -186,14 +188,13 @@ class Results:
     """The file: {benchmark, schema, command, machine, limits, quick, points: {name: {point, key,
     date, commit, found}}, quality, forgetting}; written whole after every point."""
 
-    def __init__(self, path: Path | None, quick: bool, fresh: bool) -> None:
+    def __init__(self, path: Path | None, quick: bool) -> None:
         self.path, self.quick = path, quick
         self.key = source_key()
         old: dict[str, Any] = {}
         if path is not None and path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-        known = {} if fresh else old.get("points", {})
-        kept = {name: p for name, p in known.items() if p["key"] == self.key}
+        kept = {name: p for name, p in old.get("points", {}).items() if p["key"] == self.key}
         self.content = {
             "benchmark": "memory",
             "schema": 1,
@@ -206,6 +207,10 @@ class Results:
             "quality": old.get("quality", {}),
             "forgetting": old.get("forgetting", {}),
         }
+
+    def forget(self, grid: list[Point]) -> None:
+        for point in grid:
+            self.content["points"].pop(name_of(point), None)
 
     def has(self, point: Point) -> bool:
         return name_of(point) in self.content["points"]

@@ -62,7 +62,7 @@ def test_quick_points_are_measured_and_kept(
 
 
 def results(tmp_path: Path) -> memory.Results:
-    return memory.Results(tmp_path / "memory.json", quick=True, fresh=False)
+    return memory.Results(tmp_path / "memory.json", quick=True)
 
 
 def test_a_point_over_the_time_limit_says_so_and_so_do_longer_ones(
