@@ -19,6 +19,8 @@ ANSWERS = (200, 307, 400, 404, 405, 422)  # and never a 500
 class Memory:
     """The service's storage as two dicts, emptied before it grows."""
 
+    failures: tuple[type[Exception], ...] = ()
+
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
         self.events: set[str] = set()
