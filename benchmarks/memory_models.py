@@ -90,9 +90,9 @@ def event(candidate: Candidate, model: Any, length: int, users: int) -> EventWor
         return lambda: model(history)  # type: ignore[no-any-return]
     if candidate.model != OURS:
         return _peer_step(candidate, model, length, new)
-    recent = torch.randint(1, rows, (users, min(length - 1, 64)), generator=generator)
-    state = model.prefill(recent)
-    state.advance(length - 1 - recent.shape[1], 0)
+    state = model.init_state(users)
+    state.buffer.uniform_(0, 1)
+    state.advance(length - 1, 0)
     if candidate.way == "step":
         return lambda: model.step(new, state)  # type: ignore[no-any-return]
     return _store_step(candidate, model, new, state)
