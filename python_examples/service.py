@@ -35,7 +35,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from recgrela_ext import ItemTable, RecGRELA, SeenItems, StateError, UserState
 
@@ -145,7 +145,7 @@ class RedisStorage:
 class Event(BaseModel):
     event_id: str = Field(min_length=1, max_length=200)
     user: str = Field(min_length=1, max_length=200)
-    item: int
+    item: StrictInt
 
 
 def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
@@ -190,11 +190,11 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
 
         return {"applied": storage.apply(event.event_id, event.user, update)}
 
-    @app.get("/events/{event_id}")
+    @app.get("/events/{event_id:path}")
     def stored(event_id: str) -> dict[str, bool]:
         return {"stored": storage.has_event(event_id)}
 
-    @app.get("/users/{user}")
+    @app.get("/users/{user:path}")
     def user(user: str) -> dict[str, int]:
         blob = storage.read(user)
         state, seen = user_of(blob)
@@ -202,7 +202,7 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
         return {"events": int(state.position[0]), "items": len(seen.ids(0)), "bytes": size}
 
     @app.get("/recommend")
-    def recommend(user: str, k: int = 10) -> dict[str, list[float]]:
+    def recommend(user: str, k: int = 10) -> dict[str, list[int] | list[float]]:
         if not 1 <= k <= 1000:
             raise HTTPException(422, f"k must lie in 1..1000, got {k}")
         blob = storage.read(user)

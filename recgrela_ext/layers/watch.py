@@ -32,10 +32,6 @@ class Derived(Generic[M, T]):
             last = self._last = (weights, self._make(module))
         return last[1]
 
-    def known(self) -> T | None:
-        """What was made last, without a look at the weights; None before the first time."""
-        return None if self._last is None else self._last[1]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[M, T]:
         return Derived(self._make)
 

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .. import ops
 from ..errors import CheckpointError, DataError
+from ..layers.packing import pack
 from .config import RecGRELAConfig
 
 if TYPE_CHECKING:
@@ -47,29 +49,31 @@ _BLOCK_NAME = re.compile(r"GRELA_block\.(\d+)\.(.+)\.(weight|bias|rotations)")
 NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
 
 
-def fingerprint(model: RecGRELA) -> bytes:
-    """16 bytes, computed again only when a weight was replaced or written to."""
-    return model._fingerprint.get(model)
+class Weights:
+    """What is made of a model's weights; `weights_of` makes it again when one of them changed."""
+
+    def __init__(self, model: RecGRELA) -> None:
+        # A quantised layer's state holds more than tensors.
+        state = model.state_dict(keep_vars=True)
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        fields = model.config.to_dict()
+        for name in NOT_IN_FINGERPRINT:
+            fields.pop(name)
+        text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
+        self.fingerprint = hashlib.sha256(text.encode()).digest()[:16]
+        self._packed: tuple[ops.PackedEncoder | None] | None = None
+
+    def packed(self, model: RecGRELA) -> ops.PackedEncoder | None:
+        """For `ops.encoder_step`; None where the encoder has no fused step."""
+        if self._packed is None:
+            self._packed = (pack(model.encoder),)
+        return self._packed[0]
 
 
-def make_fingerprint(model: RecGRELA) -> bytes:
-    # A quantised layer's state holds more than tensors.
-    state = model.state_dict(keep_vars=True)
-    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    fields = model.config.to_dict()
-    for name in NOT_IN_FINGERPRINT:
-        fields.pop(name)
-    text = json.dumps(fields, sort_keys=True) + weights_digest(tensors)
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def last_fingerprint_is(model: RecGRELA, expected: bytes) -> bool:
-    """Whether `expected` is the model's fingerprint.
-
-    Cheap enough for every event: the weights are looked at only when it is not the one known last,
-    so a change of the weights since then goes unnoticed.
-    """
-    return model._fingerprint.known() == expected or fingerprint(model) == expected
+def weights_of(model: RecGRELA) -> Weights:
+    """Cheap enough for every event. A write through `.data` goes unnoticed, as autograd does not
+    count it."""
+    return model._weights.get(model)
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -52,7 +52,7 @@ class RecGRELA(nn.Module):
             )
         self.config = config
         self.id_map: IdMap | None = None
-        self._fingerprint = Derived(persistence.make_fingerprint)
+        self._weights = Derived(persistence.Weights)
         width = config.hidden_size
         self.item_embedding = nn.Embedding(config.rows, width, padding_idx=config.padding_idx)
         learned = config.position == "learned"
@@ -305,6 +305,9 @@ class RecGRELA(nn.Module):
         table: ItemTable | None,
     ) -> Recommendations:
         if table is not None:
+            if not isinstance(table, ItemTable):
+                got = type(table).__name__
+                raise TypeError(f"RecGRELA.recommend: table must be an ItemTable, got {got}")
             table.check(self, "RecGRELA.recommend")
             return table.top_k(hidden, k, seen, candidates)
         weight = self.item_embedding.weight
@@ -396,8 +399,12 @@ class RecGRELA(nn.Module):
         return self._top_k(state.hidden, k, seen, candidates, table)
 
     def fingerprint(self) -> bytes:
-        """16 bytes that depend on the weights and on the configuration, training options apart."""
-        return persistence.fingerprint(self)
+        """16 bytes that depend on the weights and on the configuration, training options apart.
+
+        States, stores and item tables made with other weights are refused by it. Writes through
+        `.data` are the exception: they go unnoticed, as autograd does not count them.
+        """
+        return persistence.weights_of(self).fingerprint
 
     # persistence
 

@@ -71,7 +71,7 @@ class ItemTable:
 
     def check(self, model: RecGRELA, caller: str) -> None:
         """ValueError unless the table was made from the weights `model` has."""
-        if not persistence.last_fingerprint_is(model, self.fingerprint):
+        if persistence.weights_of(model).fingerprint != self.fingerprint:
             raise ValueError(f"{caller}: table must come from this model, got one of other weights")
 
 

@@ -242,6 +242,10 @@ class UserState:
             StateError: a value does not fit in float16.
         """
         one = self[i]
+        if seen is not None and not isinstance(seen, SeenItems):
+            raise TypeError(
+                f"UserState.to_bytes: seen must be SeenItems, got {type(seen).__name__}"
+            )
         if seen is not None and len(seen) != len(self):
             raise ValueError(
                 f"UserState.to_bytes: seen must hold {len(self)} users, got {len(seen)}"

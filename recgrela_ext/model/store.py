@@ -9,10 +9,11 @@ The users met last are kept as they are in use; the others rest in a smaller for
 converted when it leaves the first group, not at every event: rounding each time ruins it.
 
 When to `rebuild`, which reads histories again: to take an event out, because the sums do not say
-which part was whose; after the weights changed, because a state of other weights is refused; beyond
-a million events, where float32 sums end. Not because a state is old: item n weighs 1/n in it, but
-states that had forgotten nothing ranked as well as those rebuilt from the last 200 items (README,
-"What a new event costs"), so these are also enough to rebuild from.
+which part was whose; and beyond a million events, where float32 sums end. After the weights changed
+a new store has to be filled from the histories, as states of other weights are refused. Not because
+a state is old: item n weighs 1/n in it, but states that had forgotten nothing ranked as well as
+those rebuilt from the last 200 items (README, "What a new event costs"), so these are also enough
+to rebuild from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ..errors import StateError
 from . import blob as storage
-from . import streaming
+from . import inputs, streaming
 from .pool import Pool, Rows, Users
 from .seen import SeenItems
 from .state import UserState
@@ -60,17 +61,18 @@ class UserStateStore:
 
     Args:
         model: its weights must not change while the store is in use.
-        capacity: users kept; the one used longest ago makes room for a new one.
+        capacity: users at rest; beyond them the one used longest ago falls out.
         dtype: format at rest: float32 (float64 for a float64 model), bfloat16, float16, int8.
-        active: users kept as in use, beside those at rest; not used where the format at rest is
-            that of use already.
+        active: users kept as in use, beside the `capacity` at rest and at most as many; not used
+            where the format at rest is that of use already.
         on_evict: called with the users that fall out, before they are gone; what it raises comes
-            out of `put`, and nothing has changed. None: they are dropped, so keep histories.
+            out of `put`, and nothing has changed. It must not change the store. None: they are
+            dropped, so keep histories.
         device: where the rows lie; default: the model's.
 
     All memory but that of the seen items and of the index by user (a dict, some 100 bytes a user)
-    is taken at once. Not thread-safe. When to `rebuild` a user: to delete an event, after the
-    weights changed, beyond a million events; not because of a state's age (see the module).
+    is taken at once. Not thread-safe. When to `rebuild` a user: to delete an event, or beyond a
+    million events; not because of a state's age (see the module).
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class UserStateStore:
         in_use, width = empty.buffer.dtype, empty.hidden.shape[1]
         at_rest = storage.storage_dtype("UserStateStore", dtype)
         if at_rest.itemsize > in_use.itemsize:
-            raise ValueError(f"UserStateStore: dtype must not exceed {in_use}, got {at_rest}")
+            raise ValueError(
+                f"UserStateStore: dtype must not exceed the model's, {in_use}, got {at_rest}"
+            )
         place = torch.device(self._device if device is None else device)
 
         def pool(rows: int, form: torch.dtype) -> Pool:
@@ -104,6 +108,7 @@ class UserStateStore:
         if at_rest != in_use:
             self.pools.insert(0, pool(min(active, capacity), in_use))
         self._seen: dict[int, np.ndarray] = {}
+        self._evicting = False
 
     def __len__(self) -> int:
         return sum(len(pool) for pool in self.pools)
@@ -167,7 +172,10 @@ class UserStateStore:
             StateError: a user on the way to rest has values float16 cannot hold.
         """
         caller = "UserStateStore.put"
+        self._check_free(caller)
         ids = _user_ids(caller, users)
+        if seen is not None and not isinstance(seen, SeenItems):
+            raise TypeError(f"{caller}: seen must be SeenItems, got {type(seen).__name__}")
         streaming.check_state(self.model, caller, state, len(ids))
         if state.fingerprint != self.fingerprint:
             raise ValueError(f"{caller}: state must come from the weights this store was made for")
@@ -192,11 +200,13 @@ class UserStateStore:
         Raises: as `RecGRELA.step` and `put`.
         """
         ids = _user_ids("UserStateStore.step", users)
+        inputs.check_integers("UserStateStore.step", "items", items)
         if items.shape != (len(ids),):
             raise ValueError(
                 f"UserStateStore.step: items must be [{len(ids)}], got {list(items.shape)}"
             )
         rounds = _rounds(ids)
+        padding = self.model.config.padding_idx
         hidden = None
         for number in range(int(rounds.max(initial=-1)) + 1):
             chosen = np.flatnonzero(rounds == number)
@@ -204,8 +214,14 @@ class UserStateStore:
             state, seen, _ = self.lookup(ids[chosen])
             events = items[index.to(items.device)]
             after = self.model.step(events.to(self._device), state)
-            seen.add(events, self.model.config.padding_idx)
-            self.put(ids[chosen], state, seen)
+            seen.add(events, padding)
+            happened = (events != padding).cpu()
+            if happened.all():
+                self.put(ids[chosen], state, seen)
+            else:  # a padding item is no event, and makes room for nobody
+                some = happened.nonzero().squeeze(1)
+                those = SeenItems.cat([seen[i] for i in some.tolist()])
+                self.put(ids[chosen][some.numpy()], state.select(some.to(self._device)), those)
             if hidden is None:
                 hidden = after.new_empty(len(ids), after.shape[1])
             hidden[index.to(hidden.device)] = after
@@ -224,7 +240,9 @@ class UserStateStore:
             raise ValueError(
                 f"{caller}: histories must be one per user, {len(ids)}, got {len(histories)}"
             )
-        rows = [np.asarray(history, dtype=np.int64) for history in histories]
+        given = [np.asarray(history) for history in histories]
+        seen = SeenItems.from_lists(given)  # which refuses what is no item row
+        rows = [history.astype(np.int64) for history in given]
         step = self.pools[0].capacity
         for start in range(0, len(ids), step):
             part = rows[start : start + step]
@@ -233,7 +251,7 @@ class UserStateStore:
                 torch.from_numpy(np.concatenate(part)).to(self._device),
                 torch.from_numpy(bounds).to(self._device),
             )
-            self.put(ids[start : start + step], state, SeenItems.from_lists(part))
+            self.put(ids[start : start + step], state, seen[start : start + step])
 
     def evict(self, users: Ids | None = None, oldest: int | None = None) -> Evicted:
         """Take out some users, or the `oldest` ones; returns those who were there.
@@ -242,8 +260,12 @@ class UserStateStore:
         """
         if (users is None) == (oldest is None):
             raise ValueError("UserStateStore.evict: one of users and oldest must be given")
+        self._check_free("UserStateStore.evict")
         if users is None:
-            assert oldest is not None
+            if isinstance(oldest, bool) or not isinstance(oldest, int) or oldest < 0:
+                raise ValueError(
+                    f"UserStateStore.evict: oldest must be an int >= 0, got {oldest!r}"
+                )
             order = [pool.oldest(min(oldest, len(pool))) for pool in reversed(self.pools)]
             ids = np.concatenate(order)[:oldest]
         else:
@@ -330,11 +352,19 @@ class UserStateStore:
             return
         last = self.pools[-1]
         if self.on_evict is not None:
-            slots = last.find(users)
-            self.on_evict(Evicted(users, self._state(*last.read(slots)), self._seen_of(users)))
+            gone = Evicted(users, self._state(*last.read(last.find(users))), self._seen_of(users))
+            self._evicting = True
+            try:
+                self.on_evict(gone)
+            finally:
+                self._evicting = False
         last.remove(users)
         for user in users.tolist():
             self._seen.pop(user, None)
+
+    def _check_free(self, caller: str) -> None:
+        if self._evicting:
+            raise RuntimeError(f"{caller}: must not be called by on_evict, a put is under way")
 
     def _state(self, sums: Tensor, position: Tensor, hidden: Tensor) -> UserState:
         sums, position, hidden = (t.to(self._device) for t in (sums, position, hidden))

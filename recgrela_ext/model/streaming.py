@@ -71,10 +71,14 @@ def init_state(model: RecGRELA, batch_size: int) -> UserState:
     return UserState.zeros(batch_size, sizes, width, model.fingerprint(), dtype, weight.device)
 
 
-def check_state(model: RecGRELA, caller: str, state: UserState, users: int | None = None) -> None:
+def check_state(
+    model: RecGRELA, caller: str, state: UserState, users: int | None = None
+) -> persistence.Weights:
+    """The weights of `model`, from which the state must come."""
     if not isinstance(state, UserState):
         raise TypeError(f"{caller}: state must be a UserState, got {type(state).__name__}")
-    if not persistence.last_fingerprint_is(model, state.fingerprint):  # equal: so are the sizes
+    weights = persistence.weights_of(model)
+    if state.fingerprint != weights.fingerprint:  # equal: so are the sizes
         if state.layout != layout(model):
             raise ValueError(
                 f"{caller}: state must have the sizes of this model, got {state.layout}"
@@ -85,6 +89,7 @@ def check_state(model: RecGRELA, caller: str, state: UserState, users: int | Non
         )
     if users is not None and len(state) != users:
         raise ValueError(f"{caller}: state must hold {users} users, got {len(state)}")
+    return weights
 
 
 def _check_chunk_size(caller: str, chunk_size: int) -> None:
@@ -195,11 +200,17 @@ def _prefill_rows(
     state.advance(read, int(count.max()))
 
 
-def _encode_step(model: RecGRELA, x: Tensor, state: UserState, active: Tensor | None) -> Tensor:
+def _encode_step(
+    model: RecGRELA,
+    weights: persistence.Weights,
+    x: Tensor,
+    state: UserState,
+    active: Tensor | None,
+) -> Tensor:
     """All layers of one event, in a single operator where that is faster."""
     fused = (x.shape[0] <= _FEW_USERS or x.shape[1] <= _FUSED_WIDTH) and x.device.type == "cpu"
     if fused and x.dtype == state.buffer.dtype and not torch.is_autocast_enabled("cpu"):
-        packed = model.encoder.packed_weights()
+        packed = weights.packed(model)
         if packed is not None:
             position = state.position.contiguous()  # it is not where the state is `other[::2]`
             return encoder_step_unchecked(x, packed, (state.buffer, position), active)
@@ -238,10 +249,10 @@ def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
     inputs.check_integers(caller, "items", items)
     if items.dim() != 1:
         raise ValueError(f"{caller}: items must be [B], got {list(items.shape)}")
-    check_state(model, caller, state, items.shape[0])
+    weights = check_state(model, caller, state, items.shape[0])
     active = _active(model, caller, items)
     with evaluating(model) if model.training else _NOTHING:
-        hidden = _encode_step(model, _embed_event(model, items, state), state, active)
+        hidden = _encode_step(model, weights, _embed_event(model, items, state), state, active)
     if active is not None:
         # The user's own row is kept as it is: a cast to the model's dtype and back would round it.
         kept = torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden)

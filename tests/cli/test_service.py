@@ -160,7 +160,7 @@ def follow(folder: Path, *storage: str) -> None:
         for number, item in enumerate(items):
             assert service.send(f"e{number}", "anna", item)
         assert not service.send("e0", "anna", 12)
-        for item in (0, 51, -1):
+        for item in (0, 51, -1, "7", True):
             event = {"event_id": "bad", "user": "anna", "item": item}
             assert service.client.post("/events", json=event).status_code == 422
         told = service.client.get("/users/anna").json()
@@ -170,6 +170,7 @@ def follow(folder: Path, *storage: str) -> None:
     model = RecGRELA.from_pretrained(folder / "model")
     want = model.recommend(torch.tensor([items]), k=45)
     assert sorted(best["items"]) == sorted(want.items[0].tolist())
+    assert all(type(item) is int for item in best["items"])
     scores = dict(zip(best["items"], best["scores"], strict=True))
     largest = float(want.scores.abs().max())
     for item, score in zip(want.items[0].tolist(), want.scores[0].tolist(), strict=True):

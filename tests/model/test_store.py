@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recgrela_ext.errors import StateError
-from recgrela_ext.model import RecGRELA, SeenItems, UserState, UserStateStore
+from recgrela_ext.model import ItemTable, RecGRELA, SeenItems, UserState, UserStateStore
 from recgrela_ext.model.recency import Recency
 from recgrela_ext.model.store import Evicted, _rounds
 
@@ -190,6 +190,48 @@ def test_an_event_costs_no_conversion(model: RecGRELA) -> None:
     assert equal(store.lookup([1, 2]).state, own)
 
 
+def test_weights_that_changed_are_noticed_without_being_asked_for(model: RecGRELA) -> None:
+    """Before anything asks for the fingerprint again."""
+    store, state = UserStateStore(model, 3), model.prefill(torch.tensor([[1, 2, 3]]))
+    table = ItemTable(model)
+    store.put([1], state)
+    with torch.no_grad():
+        model.input_norm.bias.add_(0.5)
+    event = torch.tensor([4])
+    for call in (
+        lambda: store.step([1], event),
+        lambda: store.put([1], state),
+        lambda: store.rebuild([1], [[1, 2]]),
+        lambda: model.step(event, state),
+        lambda: model.recommend_from_state(state),
+        lambda: model.recommend(event[None], table=table),
+    ):
+        with pytest.raises(ValueError, match=r"other weights|weights this store was made for"):
+            call()
+
+
+def test_a_padding_item_makes_room_for_nobody(model: RecGRELA) -> None:
+    store = UserStateStore(model, 2)
+    store.step([1, 2], torch.tensor([3, 4]))
+    before = store.lookup([2]).state.hidden
+    hidden = store.step([99, 2, 1], torch.tensor([0, 0, 5]))
+    assert sorted(store.users.tolist()) == [1, 2]
+    assert torch.equal(hidden[0], torch.zeros_like(hidden[0]))
+    assert torch.equal(hidden[1], before[0])
+    assert store.lookup([1, 2]).state.position.tolist() == [2, 1]
+    assert store.lookup([1]).seen.ids(0).tolist() == [3, 5]
+    assert torch.equal(store.step([2], torch.tensor([0]))[0], before[0])
+
+
+def test_a_callback_must_not_change_the_store(model: RecGRELA) -> None:
+    store = UserStateStore(model, 1, on_evict=lambda gone: store.evict(oldest=1))
+    store.step([1], torch.tensor([3]))
+    with pytest.raises(RuntimeError, match="must not be called by on_evict"):
+        store.step([2], torch.tensor([3]))
+    assert store.users.tolist() == [1]
+    assert store.lookup([1]).known.all()
+
+
 def test_bytes_are_counted_and_fixed(make_model: MakeModel) -> None:
     model = RecGRELA(make_model().config.replace(hidden_size=64, num_heads=4, num_layers=4))
     store = UserStateStore(model.eval(), 100, "int8", active=1)
@@ -313,13 +355,24 @@ def test_bad_arguments(model: RecGRELA, make_model: MakeModel) -> None:
         UserStateStore(model, 0)
     with pytest.raises(ValueError, match="dtype must be one of float32"):
         UserStateStore(model, 1, "int4")
-    with pytest.raises(ValueError, match=r"dtype must not exceed torch.float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"the model's, torch.float32, got torch.float64"):
         UserStateStore(model, 1, "float64")
     with pytest.raises(ValueError, match="one of users and oldest must be given"):
         store.evict()
+    for oldest in (-2, "1", True):
+        with pytest.raises(ValueError, match="oldest must be an int >= 0, got"):
+            store.evict(oldest=oldest)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seen must be SeenItems, got Tensor"):
+        store.put([5, 6], state, torch.tensor([[1], [2]]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="items must be a tensor, got list"):
+        store.step([1], [5])  # type: ignore[arg-type]
+    for history in ([1.7], ["12"]):
+        with pytest.raises(TypeError, match="items must be integers"):
+            store.rebuild([1], [history])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="seen must be SeenItems, got list"):
+        state.to_bytes(0, seen=[[1], [2]])  # type: ignore[arg-type]
     assert len(store) == 0
     with torch.no_grad():
         model.encoder.layers[0].in_proj.bias[0] += 1
-    model.fingerprint()
     with pytest.raises(ValueError, match="weights this store was made for"):
         store.put([1, 2], fed(model, 2))
