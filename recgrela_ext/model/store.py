@@ -12,8 +12,8 @@ When to `rebuild`, which reads histories again: to take an event out, because th
 which part was whose; and beyond a million events, where float32 sums end. After the weights changed
 a new store has to be filled from the histories, as states of other weights are refused. Not because
 a state is old: item n weighs 1/n in it, but states that had forgotten nothing ranked as well as
-those rebuilt from the last 200 items (README, "What a new event costs"), so these are also enough
-to rebuild from.
+those rebuilt from the last items (README, "What a new event costs"). Rebuild from all items where
+they are at hand; the last 200 lost nothing measurable but for users of more than 400.
 """
 
 from __future__ import annotations
