@@ -109,15 +109,13 @@ def _row_options(command: argparse.ArgumentParser) -> None:
 
 def _cpu(options: argparse.Namespace) -> int:
     from benchmarks import cpu, machine, probes, timing
-    from recgrela_ext import _library
 
     names = _names(list(cpu.ROWS_BY_NAME), options)
     if not names:
         return 0
     if options.threads < 1:
         raise SystemExit(f"benchmarks: --threads must be at least 1, got {options.threads}")
-    if "cpu" not in _library.KERNEL_DEVICES:
-        raise SystemExit("benchmarks: the compiled operators are absent: nothing to measure")
+    machine.require_operators()
     effort = timing.QUICK if options.quick else timing.FULL
     facts = machine.describe()
     counts = sorted({1, options.threads})

@@ -17,6 +17,7 @@ from recgrela_ext.evaluation.result import machine_info
 
 # variables that change what is measured
 _TELLING = ("OMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "RECGRELA_", "TORCH", "CUDA_")
+_PLACES = ("RECGRELA_DATA", "RECGRELA_GOLDEN")  # where files lie says nothing of a speed
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,10 +27,21 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     info = machine_info(device)
     info.pop("threads")
     info |= {"caches": caches(), "build": build_info()}
-    info["environment"] = {n: v for n, v in os.environ.items() if n.startswith(_TELLING)}
+    info["environment"] = {
+        n: v for n, v in os.environ.items() if n.startswith(_TELLING) and n not in _PLACES
+    }
     if device.type == "cuda":
         info |= cuda_facts(device)
     return info
+
+
+def require_operators() -> None:
+    """SystemExit where there is only plain PyTorch to measure."""
+    if "cpu" not in _library.KERNEL_DEVICES:
+        raise SystemExit(
+            "benchmarks: the compiled operators are absent: nothing to measure; build them into "
+            "this folder with pip install -e . or make test"
+        )
 
 
 def caches() -> dict[str, int]:
@@ -83,13 +95,17 @@ def commit() -> str:
         changes = _git("diff", "HEAD", *everything)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(changes.encode(errors="surrogateescape")).hexdigest()[:8]
     return f"{head}-dirty-{digest}" if changes else head
 
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # A file that is no text may be among the differences.
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="surrogateescape", check=True
+    )
+    return done.stdout.strip()
 
 
 def library_hash() -> str:

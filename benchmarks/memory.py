@@ -29,7 +29,6 @@ from tqdm import tqdm
 from benchmarks import forgetting, machine, memory_point, memory_quality, peers
 from benchmarks.memory_models import CANDIDATES
 from benchmarks.store import write_json
-from recgrela_ext import _library
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -118,11 +117,7 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(map(name_of, grid)))
         return 0
-    if "cpu" not in _library.KERNEL_DEVICES:
-        raise SystemExit(
-            "benchmarks: the compiled operators are absent here: build them into this folder, "
-            "pip install -e . or make test"
-        )
+    machine.require_operators()
     path = options.out or (None if options.quick else RESULT)
     results = Results(path, options.quick)
     if options.fresh:

@@ -105,8 +105,9 @@ def guided(counted: Counted, runs: int, flags: list[str]) -> None:
     grown = Path(tempfile.gettempdir()) / f"recgrela-corpus-{counted.name}"
     for place in (corpus, grown):
         place.mkdir(parents=True, exist_ok=True)
-    # New inputs go into the first folder, outside the repository.
+    # New inputs go into the first folder, failing and slow ones beside it: outside the repository.
     options = [f"-runs={runs}", "-max_len=2048", "-timeout=60", "-rss_limit_mb=4096"]
+    options.append(f"-artifact_prefix={grown}-")
     atheris.Setup([sys.argv[0], *options, *flags, str(grown), str(corpus)], counted)
     atexit.register(counted.finish)
     atheris.Fuzz()
