@@ -16,6 +16,7 @@ struct Chunk {
   Source<A> values;  // row t + W - 1 is v_t: the W - 1 values before the chunk come first
   A* num;            // [kChunk, Dp]
   A *den, *scale;    // [kChunk]: den + eps n, and 1 / that
+  A* dots;           // [kChunk, lanes]: one vector to be summed for every item
   A* tail;           // [lanes]: 1 in the lanes that a row's last vector fills, else 0
   A *weight, *bias;  // [W, Dp], [Dp]
   RunningState<A> state;
@@ -35,6 +36,7 @@ void lay_out(Chunk<A>& c, Scratch& scratch, const GatedRelaParams& p, bool backw
   c.value_rows = scratch.take<A>((c.W - 1) * c.Dp + rows);
   c.den = scratch.take<A>(kChunk);
   c.scale = scratch.take<A>(kChunk);
+  c.dots = scratch.take<A>(kChunk * kLanes<A>);
   c.tail = scratch.take<A>(kLanes<A>);
   c.weight = scratch.take<A>(c.W * c.Dp);
   c.bias = scratch.take<A>(c.Dp);
@@ -51,8 +53,7 @@ void prepare(Chunk<A>& c) {
 // What depends on the head: conv_weight [H*D, W] as weight [W, Dp], and the frequencies.
 template <class A>
 void load_head(Chunk<A>& c, const GatedRelaParams& p, int64_t h) {
-  c.rotation.inv_freq = p.inv_freq + h * p.D / 2;
-  c.rotation.steps = p.step_rotation + h * (kChunk + 1) * p.D;
+  load_head(c.rotation, p, h);
   if (p.conv_weight == nullptr) return;
   const A* weight = static_cast<const A*>(p.conv_weight) + h * p.D * p.W;
   const A* bias = static_cast<const A*>(p.conv_bias);
@@ -96,60 +97,100 @@ void read_values(Chunk<A>& c, const GatedRelaParams& p, const Span& span, int64_
   c.values = {c.value_rows, c.Dp};
 }
 
+// Items that take every step together.
+constexpr int kTogether = RECGRELA_VECTOR_BYTES == 64 ? 2 : 1;
+
+// Calls item_group(t, count) for all n items, count an integral constant.
+template <class F>
+RECGRELA_INLINE void in_groups(int n, F&& item_group) {
+  int t = 0;
+  for (; t + kTogether <= n; t += kTogether) {
+    item_group(t, std::integral_constant<int, kTogether>{});
+  }
+  for (; t < n; ++t) item_group(t, std::integral_constant<int, 1>{});
+}
+
+// What map_keys does, for kItems items from t on. z moves along.
+template <class A, int kN, bool kTail, bool kKeepPhi, int kItems>
+RECGRELA_INLINE void map_items(const Chunk<A>& c, const Source<A>& q, const Source<A>& k, A* z,
+                               int t) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t nv = kN ? kN : c.Dp / L, D = kN ? kN * L : c.D;
+  prefetch_rows<false, kItems>(q, t + c.ahead, D);
+  prefetch_rows<false, kItems>(k, t + c.ahead, D);
+  prefetch_rows<false, kItems>(c.values, t + c.W - 1 + c.ahead, D);
+  Vec<A> dot[kItems] = {};
+  for (int64_t m = 0; m < nv; ++m) {
+    // Queries, then keys.
+    auto phi = feature_map<A>(pack_of<A, 2 * kItems>([&](int i) {
+      return load_vector((i < kItems ? q.row(t + i) : k.row(t + i - kItems)) + m * L);
+    }));
+    if (kTail && m == nv - 1) {  // phi(0) is 1, but the lanes behind D must stay 0
+      for (Vec<A>& x : phi.at) x *= load_vector(c.tail);
+    }
+    Vec<A> sum = load_vector(z + m * L);
+    for (int s = 0; s < kItems; ++s) {
+      const Vec<A> query = phi.at[s], key = phi.at[kItems + s];
+      const int64_t at = ((t + s) * nv + m) * L;
+      sum += key;
+      dot[s] += query * (load_vector(c.state.k_sum_base + m * L) + sum);
+      if (kKeepPhi) {
+        store_vector(query, c.phi_q + at);
+        store_vector(key, c.phi_k + at);
+      }
+      const Vec<A> cosine = load_vector(c.rotation.cosines + at);
+      const Vec<A> sine = load_vector(c.rotation.sines + at);
+      store_vector(rotated<false, A>(query, cosine, sine), c.rot_q + at);
+      store_vector(rotated<false, A>(key, cosine, sine), c.rot_k + at);
+    }
+    store_vector(sum, z + m * L);
+  }
+  for (int s = 0; s < kItems; ++s) store_vector(dot[s], c.dots + (t + s) * L);
+}
+
 // phi of q and k, rotated; z moves on; scale_t = 1 / (phi(q_t) . z_t + eps n_t).
 template <class A, int kN, bool kTail, bool kKeepPhi>
-RECGRELA_NOINLINE void map_keys(Chunk<A>& c, const Source<A>& q, const Source<A>& k,
+RECGRELA_NOINLINE void map_keys(const Chunk<A> c, const Source<A> q, const Source<A> k,
                                 int64_t first_count, double eps) {
-  using V = Vec<A>;
-  constexpr int64_t L = kLanes<A>;
-  const int64_t nv = kN ? kN : c.Dp / L;
-  A* const z = c.state.k_sum;
-  const A* const z_base = c.state.k_sum_base;
-  for (int t = 0; t < c.n; ++t) {
-    const A *from_q = q.row(t), *from_k = k.row(t);
-    const int64_t row = t * nv * L;
-    prefetch_row<false>(q.row(t + c.ahead), c.D);
-    prefetch_row<false>(k.row(t + c.ahead), c.D);
-    prefetch_row<false>(c.values.row(t + c.W - 1 + c.ahead), c.D);
-    V dot = {};
-    for (int64_t m = 0; m < nv; ++m) {
-      V query = feature_map<A>(load_vector(from_q + m * L));
-      V key = feature_map<A>(load_vector(from_k + m * L));
-      if (kTail && m == nv - 1) {  // phi(0) is 1, but the lanes behind D must stay 0
-        const V inside = load_vector(c.tail);
-        query *= inside;
-        key *= inside;
-      }
-      const V sum = load_vector(z + m * L) + key;
-      store_vector(sum, z + m * L);
-      dot += query * (load_vector(z_base + m * L) + sum);
-      if (kKeepPhi) {
-        store_vector(query, c.phi_q + row + m * L);
-        store_vector(key, c.phi_k + row + m * L);
-      }
-      const V cosine = load_vector(c.rotation.cosines + row + m * L);
-      const V sine = load_vector(c.rotation.sines + row + m * L);
-      store_vector(rotated<false, A>(query, cosine, sine), c.rot_q + row + m * L);
-      store_vector(rotated<false, A>(key, cosine, sine), c.rot_k + row + m * L);
-    }
-    c.den[t] = sum_lanes<A>(dot);
-  }
+  in_groups(c.n, [&](int t, auto count) RECGRELA_INLINE_LAMBDA {
+    map_items<A, kN, kTail, kKeepPhi, count.value>(c, q, k, c.state.k_sum, t);
+  });
+  sum_each(c.dots, c.den, c.n);
   for (int t = 0; t < c.n; ++t) {
     c.den[t] += A(eps * double(first_count + t));
     c.scale[t] = A(1) / c.den[t];
   }
 }
 
-// Pre-activation of the rank augmentation at item t: bias + sum_j weight_j * v_{t-W+1+j}.
-template <class A, int kN, int kW>
-RECGRELA_INLINE Vec<A> convolved(const Chunk<A>& c, int64_t nv, int64_t t, int64_t m) {
+// Pre-activation of the rank augmentation at item t: bias + sum_j weight_j * v_{t-W+1+j}; and at
+// the items behind it.
+template <class A, int kW, int kItems>
+RECGRELA_INLINE Pack<A, kItems> convolved(const Chunk<A>& c, int64_t nv, int64_t t, int64_t m) {
   constexpr int64_t L = kLanes<A>;
   const int64_t W = kW ? kW : c.W;
-  Vec<A> sum = load_vector(c.bias + m * L);
+  auto sum = pack_of<A, kItems>([&](int) { return load_vector(c.bias + m * L); });
   for (int64_t j = 0; j < W; ++j) {
-    sum += load_vector(c.weight + (j * nv + m) * L) * load_vector(c.values.row(t + j) + m * L);
+    const Vec<A> weight = load_vector(c.weight + (j * nv + m) * L);
+    for (int s = 0; s < kItems; ++s) {
+      sum.at[s] += weight * load_vector(c.values.row(t + s + j) + m * L);
+    }
   }
   return sum;
+}
+
+// A number of every item, from t on.
+template <class A, int kItems>
+RECGRELA_INLINE Pack<A, kItems> spread(const A* numbers, int64_t t) {
+  return pack_of<A, kItems>([&](int s) { return splat(numbers[t + s]); });
+}
+// Vector m of every item's row, from t on.
+template <class A, int kItems, class Rows>
+RECGRELA_INLINE Pack<A, kItems> load_pack(const Rows& rows, int64_t t, int64_t m) {
+  return pack_of<A, kItems>([&](int s) { return load_vector(rows.row(t + s) + m * kLanes<A>); });
+}
+template <class A, int kItems, class Rows>
+RECGRELA_INLINE void store_pack(const Pack<A, kItems>& x, const Rows& rows, int64_t t, int64_t m) {
+  for (int s = 0; s < kItems; ++s) store_vector(x.at[s], rows.row(t + s) + m * kLanes<A>);
 }
 
 template <class A>

@@ -25,15 +25,32 @@ Dims check(const SequenceArgs& args) {
   return d;
 }
 
-// Everything but out, final and the saved states. The rotations of a chunk's steps lie in the
-// returned tensor.
-Tensor set_params(const SequenceArgs& args, const Dims& d, GatedRelaParams& p) {
-  set_sequence(args, d, p);
-  Tensor table = new_empty(args.q, {d.H, kChunk + 1, d.D}, ScalarType::Double);
-  double* to = static_cast<double*>(table.mutable_data_ptr());
+// The rotations of a chunk's steps and of the first chunks of all sequences: as many as pay, and as
+// leave the second-level cache to the rows.
+struct Rotations {
+  Tensor steps, chunks;
+};
+Rotations make_rotations(const SequenceArgs& args, const Dims& d, GatedRelaParams& p) {
+  constexpr int64_t kMostBytes = 512 << 10;
+  Rotations made;
+  made.steps = new_empty(args.q, {d.H, kChunk + 1, d.D}, ScalarType::Double);
+  double* to = static_cast<double*>(made.steps.mutable_data_ptr());
   fill_step_rotation(to, p.inv_freq, d.H, d.D, p.dtype);
   p.step_rotation = to;
-  return table;
+  const int64_t chunk = d.H * 2 * kChunk * padded_row(d.D, p.dtype);
+  const int64_t bytes = chunk * (p.dtype == DType::kDouble ? 8 : 4);
+  const int64_t longest = d.packed_items ? d.packed_items : d.L;
+  p.kept_chunks = d.B < 2 ? 0 : std::min((longest + kChunk - 1) / kChunk, kMostBytes / bytes);
+  made.chunks = new_empty(args.q, {p.kept_chunks * chunk}, d.acc);
+  p.rotations = made.chunks.mutable_data_ptr();
+  kernels().rotation_tables(p);
+  return made;
+}
+
+// Everything but out, final and the saved states.
+Rotations set_params(const SequenceArgs& args, const Dims& d, GatedRelaParams& p) {
+  set_sequence(args, d, p);
+  return make_rotations(args, d, p);
 }
 
 // total[i] = sum over groups, always in the order of the groups.
@@ -84,7 +101,7 @@ ForwardResult run_forward(const char* op, Tensor q, Tensor k, Tensor v, Optional
                           cu_seqlens, kv, k_sum, conv, position, inv_freq,    eps};
   const Dims d = check(args);
   GatedRelaParams p{};
-  const Tensor step_rotation = set_params(args, d, p);
+  const Rotations rotations = set_params(args, d, p);
   const ForwardResult result = new_forward(args, d, return_final_state, save_for_backward, p);
   run_kernel(op, p, d, q);
   return result;
@@ -103,7 +120,7 @@ BackwardResult run_backward(const char* op, Tensor grad_out, OptionalTensor grad
   const GradientArgs given{grad_out, grad_kv, grad_k_sum, grad_conv, saved_kv, saved_k_sum};
   check_gradients(args, d, given);
   GatedRelaBackwardParams p{};
-  const Tensor step_rotation = set_params(args, d, p.forward);
+  const Rotations rotations = set_params(args, d, p.forward);
   const BackwardResult result = new_backward(args, d, given, state_grad, p.forward, p);
   p.groups = d.B < kMaxGroups ? d.B : kMaxGroups;
   const int64_t partials = conv_weight ? p.groups : 0;

@@ -53,38 +53,52 @@ void transpose(const A* from, int64_t stride, A* to, int64_t D, int64_t Dp) {
   }
 }
 
-// From num, dy and the gate to dgate, dpre, dnum and dden.
-template <class A, int kN, int kW, bool kConv, bool kGate>
-RECGRELA_NOINLINE void differentiate_rows(BackwardRows<A>& w, const Source<A>& gate,
-                                          const Source<A>& dy, const Sink<A>& dgate) {
+// From num, dy and the gate of kItems items to dgate, dpre, dnum, and dots, whose sums are dO . o.
+template <class A, int kN, int kW, bool kConv, bool kGate, int kItems>
+RECGRELA_INLINE void differentiate_items(const BackwardRows<A>& w, const Source<A>& gate,
+                                         const Source<A>& dy, const Sink<A>& dgate, int t) {
+  using P = Pack<A, kItems>;
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
-  const int64_t nv = kN ? kN : c.Dp / L;
-  for (int t = 0; t < c.n; ++t) {
-    const A scale = c.scale[t];
-    prefetch_row<false>(dy.row(t + c.ahead), c.D);
-    if (kGate) prefetch_row<false>(gate.row(t + c.ahead), c.D);
-    if (kGate) prefetch_row<true>(dgate.row(t + c.ahead), c.D);
-    Vec<A> dot = {};
-    for (int64_t m = 0; m < nv; ++m) {
-      const int64_t at = (t * nv + m) * L;
-      const Vec<A> o = divided(load_vector(c.num + at), c.den[t], scale);
-      Vec<A> d_o = load_vector(dy.row(t) + m * L), sum = o;
-      SiluAndSlope<A> a{};
-      if (kConv) {
-        a = silu_and_slope<A>(convolved<A, kN, kW>(c, nv, t, m));
-        sum += a.value;
-      }
-      if (kGate) {
-        const SiluAndSlope<A> g = silu_and_slope<A>(load_vector(gate.row(t) + m * L));
-        store_vector(d_o * sum * g.slope, dgate.row(t) + m * L);
-        d_o *= g.value;
-      }
-      if (kConv) store_vector(d_o * a.slope, w.dpre + at);
-      store_vector(d_o * scale, w.dnum + at);
-      dot += d_o * o;
+  const int64_t nv = kN ? kN : c.Dp / L, D = kN ? kN * L : c.D;
+  const Source<A> num{c.num, nv * L};
+  const Sink<A> dpre{w.dpre, nv * L}, dnum{w.dnum, nv * L}, dots{c.dots, L};
+  const P den = spread<A, kItems>(c.den, t), scale = spread<A, kItems>(c.scale, t);
+  prefetch_rows<false, kItems>(dy, t + c.ahead, D);
+  if (kGate) prefetch_rows<false, kItems>(gate, t + c.ahead, D);
+  if (kGate) prefetch_rows<true, kItems>(dgate, t + c.ahead, D);
+  P dot{};
+  for (int64_t m = 0; m < nv; ++m) {
+    const P o = divided(load_pack<A, kItems>(num, t, m), den, scale);
+    P d_o = load_pack<A, kItems>(dy, t, m), sum = o;
+    SiluAndSlope<P> a{};
+    if (kConv) {
+      a = silu_and_slope<A>(convolved<A, kW, kItems>(c, nv, t, m));
+      sum = sum + a.value;
     }
-    w.dden[t] = -sum_lanes<A>(dot) * scale;
+    if (kGate) {
+      const SiluAndSlope<P> g = silu_and_slope<A>(load_pack<A, kItems>(gate, t, m));
+      store_pack<A, kItems>(d_o * sum * g.slope, dgate, t, m);
+      d_o = d_o * g.value;
+    }
+    if (kConv) store_pack<A, kItems>(d_o * a.slope, dpre, t, m);
+    store_pack<A, kItems>(d_o * scale, dnum, t, m);
+    dot = dot + d_o * o;
+  }
+  store_pack<A, kItems>(dot, dots, t, 0);
+}
+
+// From num, dy and the gate to dgate, dpre, dnum and dden.
+template <class A, int kN, int kW, bool kConv, bool kGate>
+RECGRELA_NOINLINE void differentiate_rows(const BackwardRows<A> w, const Source<A> gate,
+                                          const Source<A> dy, const Sink<A> dgate) {
+  const Chunk<A>& c = w.chunk;
+  in_groups(c.n, [&](int t, auto count) RECGRELA_INLINE_LAMBDA {
+    differentiate_items<A, kN, kW, kConv, kGate, count.value>(w, gate, dy, dgate, t);
+  });
+  sum_each(c.dots, w.dden, c.n);
+  for (int t = 0; t < c.n; t += kLanes<A>) {  // whole vectors: all three hold kChunk numbers
+    store_vector(-load_vector(w.dden + t) * load_vector(c.scale + t), w.dden + t);
   }
 }
 
@@ -103,13 +117,13 @@ void differentiate_rows(BackwardRows<A>& w, const GatedRelaParams& p, const Sour
 
 // dq from drot = S_t dnum_t; z moves on from the chunk's start.
 template <class A, int kN>
-RECGRELA_NOINLINE void finish_queries(BackwardRows<A>& w, const Sink<A>& dq) {
+RECGRELA_NOINLINE void finish_queries(const BackwardRows<A> w, const Sink<A> dq) {
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
   const int64_t nv = kN ? kN : c.Dp / L;
   for (int t = 0; t < c.n; ++t) {
     const A dden = w.dden[t];
-    prefetch_row<true>(dq.row(t + c.ahead), c.D);
+    prefetch_rows<true, 1>(dq, t + c.ahead, kN ? kN * L : c.D);
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
       const Vec<A> z = load_vector(w.z + m * L) + load_vector(c.phi_k + at);
@@ -125,7 +139,7 @@ RECGRELA_NOINLINE void finish_queries(BackwardRows<A>& w, const Sink<A>& dq) {
 
 // dk from drot = T_t v_t; y moves on from the later items.
 template <class A, int kN>
-RECGRELA_NOINLINE void finish_keys(BackwardRows<A>& w, const Sink<A>& dk) {
+RECGRELA_NOINLINE void finish_keys(const BackwardRows<A> w, const Sink<A> dk) {
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
   const int64_t nv = kN ? kN : c.Dp / L;
@@ -133,7 +147,7 @@ RECGRELA_NOINLINE void finish_keys(BackwardRows<A>& w, const Sink<A>& dk) {
   const A* const y_base = w.later.k_sum_base;
   for (int t = c.n - 1; t >= 0; --t) {
     const A dden = w.dden[t];
-    prefetch_row<true>(dk.row(t + c.ahead), c.D);
+    prefetch_rows<true, 1>(dk, t + c.ahead, kN ? kN * L : c.D);
     for (int64_t m = 0; m < nv; ++m) {
       const int64_t at = (t * nv + m) * L;
       const Vec<A> y = load_vector(y_sum + m * L) + load_vector(c.phi_q + at) * dden;
@@ -150,7 +164,7 @@ RECGRELA_NOINLINE void finish_keys(BackwardRows<A>& w, const Sink<A>& dk) {
 // dv = dvalues and what goes through the convolution: pre_t = bias + sum_j weight_j v_{t-W+1+j}, so
 // v_t feeds pre_{t+W-1-j} through weight_j.
 template <class A, int kN, int kW>
-RECGRELA_NOINLINE void backward_conv(BackwardRows<A>& w, const Sink<A>& to) {
+RECGRELA_NOINLINE void backward_conv(const BackwardRows<A> w, const Sink<A> to) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
@@ -295,7 +309,7 @@ void backward_chunk(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const 
     finish_rows(w.out, sink, Dp, rows, f.dtype, span, t0, n, h, D);
   };
   load_saved(w, f, first_chunk(f, b) + t0 / kChunk, h);
-  fill_rotation(c.rotation, n);
+  set_rotation(c.rotation, t0 / kChunk, position - t0, n);
   read_values(c, f, span, b, h, t0);
   map_keys<A, kN, kTail, true>(c, read(c.q, f.q), read(c.k, f.k), position + 1, f.eps);
   scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
@@ -340,10 +354,10 @@ void backward_one(BackwardRows<A>& w, const GatedRelaBackwardParams& p, int64_t 
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t t0 = chunk * kChunk;
     c.n = int(span.length - t0 < kChunk ? span.length - t0 : kChunk);
-    if (chunk == chunks - 1) {
-      start_rotation(c.rotation, start + t0);
-    } else {
-      turn_chunk<true>(c.rotation, chunk, start + t0);
+    const bool last = chunk == chunks - 1, kept = is_kept(c.rotation, chunk, start);
+    if (last && !kept) start_rotation(c.rotation, start + t0);
+    if (!last && !kept) turn_chunk<true>(c.rotation, chunk, start + t0);
+    if (!last) {
       // The two ranges overlap where W - 1 > kChunk.
       __builtin_memmove(w.dpre + kChunk * Dp, w.dpre, std::size_t(past * Dp) * sizeof(A));
     }

@@ -1,21 +1,29 @@
 // gated_rela forward: y = SiLU(gate) * (num / den + SiLU(conv(v))). Included by every level file.
 
+// y of kItems items from num.
+template <class A, int kN, int kW, bool kConv, bool kGate, int kItems>
+RECGRELA_INLINE void finish_items(const Chunk<A>& c, const Source<A>& gate, const Sink<A>& out,
+                                  int t) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t nv = kN ? kN : c.Dp / L, D = kN ? kN * L : c.D;
+  const Source<A> num{c.num, nv * L};
+  const auto den = spread<A, kItems>(c.den, t), scale = spread<A, kItems>(c.scale, t);
+  if (kGate) prefetch_rows<false, kItems>(gate, t + c.ahead, D);
+  prefetch_rows<true, kItems>(out, t + c.ahead, D);
+  for (int64_t m = 0; m < nv; ++m) {
+    auto y = divided(load_pack<A, kItems>(num, t, m), den, scale);
+    if (kConv) y = y + silu<A>(convolved<A, kW, kItems>(c, nv, t, m));
+    if (kGate) y = y * silu<A>(load_pack<A, kItems>(gate, t, m));
+    store_pack<A, kItems>(y, out, t, m);
+  }
+}
+
 // y of a chunk from num.
 template <class A, int kN, int kW, bool kConv, bool kGate>
-RECGRELA_NOINLINE void finish_chunk(const Chunk<A>& c, const Source<A>& gate, const Sink<A>& out) {
-  constexpr int64_t L = kLanes<A>;
-  const int64_t nv = kN ? kN : c.Dp / L;
-  for (int t = 0; t < c.n; ++t) {
-    const A scale = c.scale[t];
-    if (kGate) prefetch_row<false>(gate.row(t + c.ahead), c.D);
-    prefetch_row<true>(out.row(t + c.ahead), c.D);
-    for (int64_t m = 0; m < nv; ++m) {
-      Vec<A> y = divided(load_vector(c.num + (t * nv + m) * L), c.den[t], scale);
-      if (kConv) y += silu<A>(convolved<A, kN, kW>(c, nv, t, m));
-      if (kGate) y *= silu<A>(load_vector(gate.row(t) + m * L));
-      store_vector(y, out.row(t) + m * L);
-    }
-  }
+RECGRELA_NOINLINE void finish_chunk(const Chunk<A> c, const Source<A> gate, const Sink<A> out) {
+  in_groups(c.n, [&](int t, auto count) RECGRELA_INLINE_LAMBDA {
+    finish_items<A, kN, kW, kConv, kGate, count.value>(c, gate, out, t);
+  });
 }
 
 template <class A, int kN>
@@ -57,7 +65,7 @@ void forward_chunk(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span
   const int n = c.n;
   const Source<A> q = read_rows(c.q, Dp, p.q, p.dtype, span, t0, n, h, D);
   const Source<A> k = read_rows(c.k, Dp, p.k, p.dtype, span, t0, n, h, D);
-  fill_rotation(c.rotation, n);
+  set_rotation(c.rotation, t0 / kChunk, position - t0, n);
   read_values(c, p, span, b, h, t0);
   map_keys<A, kN, kTail, false>(c, q, k, position + 1, p.eps);
   scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
@@ -155,7 +163,7 @@ void sum_segment(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t
   for (int64_t t = t0; t < end; t += kChunk) {
     const Source<A> k = read_rows(c.k, Dp, p.k, p.dtype, span, t, c.n, h, D);
     turn_chunk<false>(c.rotation, t / kChunk, start + t);
-    fill_rotation(c.rotation, c.n);
+    set_rotation(c.rotation, t / kChunk, start, c.n);
     read_values(c, p, span, b, h, t);
     map_keys<A, kN, kTail, false>(c, k, k, start + t + 1, p.eps);
     scan<false, false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_k, c), c.state.kv, c.num,

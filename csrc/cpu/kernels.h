@@ -5,10 +5,20 @@
 
 namespace recgrela {
 
+// Elements of a row that is as long as any level makes it.
+inline int64_t padded_row(int64_t D, DType dtype) {
+  const int64_t lanes = dtype == DType::kDouble ? 8 : 16;
+  return (D + lanes - 1) / lanes * lanes;
+}
+
 constexpr int64_t kSegment = 64 * kChunk;  // items; a longer history is summed segment by segment
 
 struct GatedRelaParams : SequenceParams {
   const double* step_rotation;  // [H, kChunk + 1, 2, D/2], see fill_step_rotation
+  // Made by rotation_tables for sequences that start at 0: [H, kept_chunks, 2, kChunk, Dp], Dp the
+  // head's width in whole vectors, for which padded_row() is enough.
+  int64_t kept_chunks;
+  void* rotations;
   // Where segments are work items of their own: their number, and per (sequence, head, segment) the
   // sums [D + 1, D] (kv, k_sum) of the items before it, from join_segments.
   int64_t segments;
@@ -90,6 +100,7 @@ constexpr int64_t kDropoutBlock = 1024;  // elements of activation_dropout with 
 // them and join_segments after it.
 struct Kernels {
   const char* level;
+  void (*rotation_tables)(const GatedRelaParams&);
   void (*segment_sums)(const GatedRelaParams&, int64_t begin, int64_t end);
   void (*gated_rela)(const GatedRelaParams&, int64_t begin, int64_t end);
   void (*gated_rela_backward)(const GatedRelaBackwardParams&, int64_t begin, int64_t end);

@@ -5,6 +5,9 @@ namespace recgrela {
 namespace RECGRELA_LEVEL {
 #include "simd.h"
 // keep this order
+#include "functions.h"
+#include "storage.h"
+// keep this order
 #include "rows.h"
 // keep this order
 #include "rotation.h"
@@ -26,6 +29,7 @@ namespace RECGRELA_LEVEL {
 
 const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL_NAME,
+    RECGRELA_LEVEL::rotation_tables,
     RECGRELA_LEVEL::segment_sums,
     RECGRELA_LEVEL::gated_rela,
     RECGRELA_LEVEL::gated_rela_backward,

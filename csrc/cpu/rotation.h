@@ -4,17 +4,21 @@
 // cosines [c0, c0, c1, c1, ...], sines [-s0, s0, -s1, s1, ...]. The angle of item j of a chunk is
 // the chunk's own plus j steps, added in double by a complex product, so that it is right to float
 // rounding at any position. From chunk to chunk the angle turns by kChunk steps; at every segment's
-// start (for double rows: at every chunk) it is taken from its position again.
+// start (for double rows: at every chunk) it is taken from its position again. The first chunks of
+// sequences that start at 0 are the same for all of them: rotation_tables makes them once per call.
 
 template <class A>
 constexpr int64_t kAnew = sizeof(A) == sizeof(double) ? 1 : kSegment / kChunk;
 
 template <class A>
 struct Rotation {
-  double *cos0, *sin0;  // [D/2]: the chunk's first item
-  A *cosines, *sines;   // [kChunk, Dp]
-  const double* steps;  // [kChunk + 1, 2, D/2]: cos and sin of j steps
+  double *cos0, *sin0;         // [D/2]: the chunk's first item
+  A *own_cosines, *own_sines;  // [kChunk, Dp]
+  const A *cosines, *sines;    // [kChunk, Dp] of the chunk at hand: own or kept
+  const double* steps;         // [kChunk + 1, 2, D/2]: cos and sin of j steps
   const double* inv_freq;
+  const A* kept;  // [kept_chunks, 2, kChunk, Dp]: cosines and sines
+  int64_t kept_chunks;
   int64_t D, Dp, pairs;
 };
 
@@ -25,8 +29,16 @@ void lay_out(Rotation<A>& r, Scratch& scratch, int64_t D, int64_t Dp) {
   r.pairs = D / 2;
   r.cos0 = scratch.take<double>(r.pairs);
   r.sin0 = scratch.take<double>(r.pairs);
-  r.cosines = scratch.take<A>(kChunk * Dp);
-  r.sines = scratch.take<A>(kChunk * Dp);
+  r.own_cosines = scratch.take<A>(kChunk * Dp);
+  r.own_sines = scratch.take<A>(kChunk * Dp);
+}
+
+template <class A>
+void load_head(Rotation<A>& r, const GatedRelaParams& p, int64_t h) {
+  r.inv_freq = p.inv_freq + h * r.pairs;
+  r.steps = p.step_rotation + h * (kChunk + 1) * r.D;
+  r.kept_chunks = p.kept_chunks;
+  r.kept = static_cast<const A*>(p.rotations) + h * p.kept_chunks * 2 * kChunk * r.Dp;
 }
 
 template <class A>
@@ -79,16 +91,17 @@ RECGRELA_INLINE void store_signed_pairs(Vec<double> x, A* to) {
   __builtin_memcpy(to, &pairs, sizeof(pairs));
 }
 
+// The phases of n items from the chunk's own.
 template <class A>
-void fill_rotation(const Rotation<A>& r, int n) {
+void fill_rotation(const Rotation<A>& r, int n, A* cosines, A* sines) {
   using V = Vec<double>;
   constexpr int kD = kLanes<double>;
   const int64_t pairs = r.pairs;
   for (int t = 0; t < n; ++t) {
     const double* cos1 = r.steps + t * r.D;
     const double* sin1 = cos1 + pairs;
-    A* to_cos = r.cosines + t * r.Dp;
-    A* to_sin = r.sines + t * r.Dp;
+    A* to_cos = cosines + t * r.Dp;
+    A* to_sin = sines + t * r.Dp;
     int64_t i = 0;
     for (; i + kD <= pairs; i += kD) {
       const V c0 = load_vector(r.cos0 + i), s0 = load_vector(r.sin0 + i);
@@ -104,9 +117,48 @@ void fill_rotation(const Rotation<A>& r, int n) {
   }
 }
 
+template <class A>
+bool is_kept(const Rotation<A>& r, int64_t chunk, int64_t start) {
+  return start == 0 && chunk < r.kept_chunks;
+}
+
+// After turn_chunk or start_rotation: the phases of the chunk's n items.
+template <class A>
+void set_rotation(Rotation<A>& r, int64_t chunk, int64_t start, int n) {
+  if (is_kept(r, chunk, start)) {
+    r.cosines = r.kept + chunk * 2 * kChunk * r.Dp;
+    r.sines = r.cosines + kChunk * r.Dp;
+    return;
+  }
+  fill_rotation(r, n, r.own_cosines, r.own_sines);
+  r.cosines = r.own_cosines;
+  r.sines = r.own_sines;
+}
+
 // kBack: turned back.
 template <bool kBack, class A>
 RECGRELA_INLINE Vec<A> rotated(Vec<A> x, Vec<A> cosine, Vec<A> sine) {
   const Vec<A> across = swap_pairs<A>(x) * sine;
   return kBack ? x * cosine - across : x * cosine + across;
+}
+
+template <class A>
+void fill_tables(const GatedRelaParams& p) {
+  Rotation<A> r;
+  with_scratch([&](Scratch& scratch) { lay_out(r, scratch, p.D, padded<A>(p.D)); },
+               [&] {
+                 for (int64_t h = 0; h < p.H; ++h) {
+                   load_head(r, p, h);
+                   A* to = const_cast<A*>(r.kept);
+                   for (int64_t chunk = 0; chunk < p.kept_chunks; ++chunk) {
+                     turn_chunk<false>(r, chunk, chunk * kChunk);
+                     fill_rotation(r, kChunk, to, to + kChunk * r.Dp);
+                     to += 2 * kChunk * r.Dp;
+                   }
+                 }
+               });
+}
+
+void rotation_tables(const GatedRelaParams& p) {
+  p.dtype == DType::kDouble ? fill_tables<double>(p) : fill_tables<float>(p);
 }

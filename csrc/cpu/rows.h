@@ -59,7 +59,7 @@ RECGRELA_INLINE S* row_at(const Rows& rows, const Span& span, int64_t t, int64_t
 template <class A>
 constexpr DType kNative = sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat;
 
-// Fetches a row that the next chunk will need: rows of one head lie apart, which the processor does
+// Fetches rows that the next chunk will need: rows of one head lie apart, which the processor does
 // not foresee well. Any address will do.
 template <bool kWrite, class A>
 RECGRELA_INLINE void prefetch_row(const A* row, int64_t D) {
@@ -80,6 +80,11 @@ struct Sink {
   int64_t stride;
   RECGRELA_INLINE A* row(int64_t t) const { return data + t * stride; }
 };
+
+template <bool kWrite, int kItems, class Rows>
+RECGRELA_INLINE void prefetch_rows(const Rows& rows, int64_t t, int64_t D) {
+  for (int s = 0; s < kItems; ++s) prefetch_row<kWrite>(rows.row(t + s), D);
+}
 
 // One row between storage and scratch.
 template <class S, class A>
