@@ -9,44 +9,63 @@ RECGRELA_INLINE V quotient(const V& x, const V& y) {
   return q + r * (x - q * y);
 }
 
-// exp of x in [-87, 88], within 1 unit in the last place; with AVX-512 within 2.5 below -20. libm's
+// exp of x in [-87, 88], within 1 unit in the last place; by the table within 2.5 below -20. libm's
 // exp is not vectorised. A NaN's exponent bits may be added to: every caller must bring x itself
 // into its result.
-#if defined(__x86_64__) && RECGRELA_VECTOR_BYTES == 64
-// 2^(j / 16)
-alignas(64) constexpr float kSixteenths[16] = {1.00000000f, 1.04427378f, 1.09050773f, 1.13878863f,
-                                               1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-                                               1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
-                                               1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-RECGRELA_INLINE Vec<float> sixteenth(Vec<float> shifted) {  // of the low four bits
-  return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), load_vector(kSixteenths));
+#if defined(__x86_64__) && RECGRELA_VECTOR_BYTES >= 32
+// x ln 2 = n + r, n in parts of kParts: 2^n is an entry of a table that a register holds, its
+// exponent added to, and exp(r) takes three terms.
+constexpr int kParts = RECGRELA_VECTOR_BYTES / 4, kPartBits = kParts == 16 ? 4 : 3;
+constexpr int kPartShift = 23 - kPartBits;  // from the low bits of n to the exponent
+
+// 2^(j / kParts), less what the low bits of n will add.
+constexpr std::array<int32_t, kParts> make_powers() {
+  constexpr float kSixteenths[16] = {1.00000000f, 1.04427378f, 1.09050773f, 1.13878863f,
+                                     1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                                     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                     1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  std::array<int32_t, kParts> powers{};
+  for (int j = 0; j < kParts; ++j) {
+    powers[j] = std::bit_cast<int32_t>(kSixteenths[j * (16 / kParts)]) - (j << kPartShift);
+  }
+  return powers;
 }
-RECGRELA_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {  // p * 2^floor(n)
-  return _mm512_scalef_ps(p, n);
+alignas(64) constexpr std::array<int32_t, kParts> kPowers = make_powers();
+
+// 2^n, n in parts the low bits of `shifted`.
+RECGRELA_INLINE Vec<float> power_of_two(Vec<float> shifted) {
+  const IntVec n = reinterpret_cast<IntVec>(shifted);
+#if RECGRELA_VECTOR_BYTES == 64
+  const __m512i power =
+      _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(n), _mm512_load_si512(kPowers.data()));
+#else
+  const __m256i power = _mm256_permutevar8x32_epi32(
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kPowers.data())),
+      reinterpret_cast<__m256i>(n));
+#endif
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<IntVec>(power) + (n << kPartShift));
 }
 template <int n>
-RECGRELA_INLINE Pack<float, n> sixteenth(const Pack<float, n>& shifted) {
-  return pack_of<float, n>([&](int i) { return sixteenth(shifted.at[i]); });
-}
-template <int n>
-RECGRELA_INLINE Pack<float, n> scaled(const Pack<float, n>& p, const Pack<float, n>& exponent) {
-  return pack_of<float, n>([&](int i) { return scaled(p.at[i], exponent.at[i]); });
+RECGRELA_INLINE Pack<float, n> power_of_two(const Pack<float, n>& shifted) {
+  return pack_of<float, n>([&](int i) { return power_of_two(shifted.at[i]); });
 }
 template <class V>
 RECGRELA_INLINE V exp_float(const V& x) {
-  constexpr float kRound = 786432.0f;  // 1.5 * 2^19: adding it rounds to sixteenths
+  constexpr float kRound = 1.5f * float(1 << kPartShift);  // adding it rounds to parts
+  constexpr float kEnd = 0.693147182f / (2 * kParts);      // of |r|
+  // Of (1/24) r^4, what 1/2 r^2 can take over.
+  constexpr float kHalf = 0.5f + 0.828427f / 24 * kEnd * kEnd;
   const V shifted = x * 1.44269504f + kRound;
-  const V n = shifted - kRound;
-  const V r = x - n * 0.693147182f;  // at most 0.022
-  const V p = (r * r) * (r * 0.166666667f + 0.5f) + r;
-  const V power = sixteenth(shifted);
-  return scaled(power * p + power, n);
+  const V r = x - (shifted - kRound) * 0.693147182f;
+  const V p = (r * r) * (r * 0.166666667f + kHalf) + r;
+  const V power = power_of_two(shifted);
+  return power * p + power;
 }
 #else
 // p * 2^n, n the low bits of `shifted`: they go to the exponent, and what is above them leaves.
 RECGRELA_INLINE Vec<float> scaled(Vec<float> p, Vec<float> shifted) {
-  return reinterpret_cast<Vec<float> >(reinterpret_cast<IntVec>(p) +
-                                       (reinterpret_cast<IntVec>(shifted) << 23));
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<IntVec>(p) +
+                                      (reinterpret_cast<IntVec>(shifted) << 23));
 }
 template <int n>
 RECGRELA_INLINE Pack<float, n> scaled(const Pack<float, n>& p, const Pack<float, n>& shifted) {

@@ -121,18 +121,17 @@ RECGRELA_NOINLINE void finish_queries(const BackwardRows<A> w, const Sink<A> dq)
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
   const int64_t nv = kN ? kN : c.Dp / L;
-  for (int t = 0; t < c.n; ++t) {
-    const A dden = w.dden[t];
-    prefetch_rows<true, 1>(dq, t + c.ahead, kN ? kN * L : c.D);
-    for (int64_t m = 0; m < nv; ++m) {
+  for (int64_t m = 0; m < nv; ++m) {
+    Vec<A> z = load_vector(w.z + m * L);
+    for (int t = 0; t < c.n; ++t) {
       const int64_t at = (t * nv + m) * L;
-      const Vec<A> z = load_vector(w.z + m * L) + load_vector(c.phi_k + at);
-      store_vector(z, w.z + m * L);
+      prefetch_row<true>(dq.row(t + c.ahead) + m * L, L);
+      z += load_vector(c.phi_k + at);
       const Vec<A> turned =
           rotated<true, A>(load_vector(w.drot + at), load_vector(c.rotation.cosines + at),
                            load_vector(c.rotation.sines + at));
       const Vec<A> slope = slope_of<A>(load_vector(c.phi_q + at));
-      store_vector((turned + z * dden) * slope, dq.row(t) + m * L);
+      store_vector((turned + z * w.dden[t]) * slope, dq.row(t) + m * L);
     }
   }
 }
@@ -143,21 +142,20 @@ RECGRELA_NOINLINE void finish_keys(const BackwardRows<A> w, const Sink<A> dk) {
   constexpr int64_t L = kLanes<A>;
   const Chunk<A>& c = w.chunk;
   const int64_t nv = kN ? kN : c.Dp / L;
-  A* const y_sum = w.later.k_sum;
-  const A* const y_base = w.later.k_sum_base;
-  for (int t = c.n - 1; t >= 0; --t) {
-    const A dden = w.dden[t];
-    prefetch_rows<true, 1>(dk, t + c.ahead, kN ? kN * L : c.D);
-    for (int64_t m = 0; m < nv; ++m) {
+  for (int64_t m = 0; m < nv; ++m) {
+    const Vec<A> base = load_vector(w.later.k_sum_base + m * L);
+    Vec<A> y = load_vector(w.later.k_sum + m * L);
+    for (int t = c.n - 1; t >= 0; --t) {
       const int64_t at = (t * nv + m) * L;
-      const Vec<A> y = load_vector(y_sum + m * L) + load_vector(c.phi_q + at) * dden;
-      store_vector(y, y_sum + m * L);
+      prefetch_row<true>(dk.row(t + c.ahead) + m * L, L);
+      y += load_vector(c.phi_q + at) * w.dden[t];
       const Vec<A> turned =
           rotated<true, A>(load_vector(w.drot + at), load_vector(c.rotation.cosines + at),
                            load_vector(c.rotation.sines + at));
       const Vec<A> slope = slope_of<A>(load_vector(c.phi_k + at));
-      store_vector((turned + (y + load_vector(y_base + m * L))) * slope, dk.row(t) + m * L);
+      store_vector((turned + (y + base)) * slope, dk.row(t) + m * L);
     }
+    store_vector(y, w.later.k_sum + m * L);
   }
 }
 

@@ -1,6 +1,8 @@
 // Every standard header the kernels use. A level file includes this before its target pragma, so
 // that no inline function of the library is compiled for a processor that may not be there.
 #pragma once
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -146,12 +146,12 @@ def test_the_chunk_loops_are_vectors_throughout(level: str, register: str, name:
 @pytest.mark.parametrize(("level", "register"), [("avx512", "zmm"), ("avx2", "ymm")])
 @pytest.mark.parametrize("name", ["activate_block", "differentiate_block"])
 def test_dropout_is_vectors(level: str, register: str, name: str) -> None:
-    """GELU has 8 multiply-adds of erfc, 6 of exp and 2 of the reciprocal; no erf is a call."""
+    """GELU has 8 multiply-adds of erfc, 5 of exp and 2 of the reciprocal; no erf is a call."""
     loops = {h: b for h, b in functions(level, name).items() if "<float, float>" in h}
     assert loops
     for head, body in loops.items():
         assert len(re.findall(rf"vpmulld\s.*%{register}", body)) >= 4, head
-        assert len(re.findall(rf"vfn?m(?:add|sub)\w+ps\s.*%{register}", body)) >= 16, head
+        assert len(re.findall(rf"vfn?m(?:add|sub)\w+ps\s.*%{register}", body)) >= 15, head
         assert not re.search(r"v(?:fn?m(?:add|sub)\w+|mul)ss\s", body), head
         assert not re.search(r"call.*(?:exp|erf)", body), head
 
