@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "activation_dropout_backward(Tensor grad, Tensor? x, bool gelu, float p, int seed) "
       "-> Tensor");
 
+  m.def(
+      "softmax_loss(Tensor hidden, Tensor table, Tensor targets, int ignore_index, "
+      "bool exclude, bool gradients) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table)");
+
   m.def("rela_forward" RELA_ARGS);
   m.def("rela" RELA_ARGS);
   m.def(

@@ -82,6 +82,13 @@ Tensor activation_dropout_cpu(Tensor x, OptionalTensor residual, bool gelu, doub
 Tensor activation_dropout_backward_cpu(Tensor grad, OptionalTensor x, bool gelu, double p,
                                        int64_t seed);
 
+// Mean cross-entropy of the rows of hidden [T, C] whose target [T] int64 is not ignore_index, over the
+// rows of table [N, C] without row ignore_index where exclude; and both gradients, empty unless
+// asked for. float32 or float64, contiguous.
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table, Tensor targets,
+                                                    int64_t ignore_index, bool exclude,
+                                                    bool gradients);
+
 // gated_rela without gate and rank augmentation; its states have no conv.
 using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,

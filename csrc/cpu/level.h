@@ -21,6 +21,9 @@ namespace RECGRELA_LEVEL {
 // keep this order
 #include "activation_dropout.h"
 #include "encoder_step.h"
+#include "matrix_blocks.h"
+// keep this order
+#include "softmax_loss.h"
 #include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL
 
@@ -34,5 +37,8 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::topk_scores,
     RECGRELA_LEVEL::activation_dropout,
     RECGRELA_LEVEL::activation_dropout_backward,
+    RECGRELA_LEVEL::loss_tile_rows,
+    RECGRELA_LEVEL::softmax_loss,
+    RECGRELA_LEVEL::softmax_class_gradients,
 };
 }  // namespace recgrela
