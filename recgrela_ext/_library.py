@@ -20,6 +20,7 @@ _REJECTIONS = (
     "encoder_step",
     "topk_scores",
     "activation_dropout",
+    "softmax_loss",
     "RECGRELA_CPU_LEVEL",
 )
 

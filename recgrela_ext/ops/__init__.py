@@ -11,6 +11,7 @@ from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
 from .reference import inv_freq
 from .rela import rela
+from .softmax_loss import softmax_loss
 from .topk_scores import topk_scores
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "pack_encoder",
     "reference",
     "rela",
+    "softmax_loss",
     "topk_scores",
 ]

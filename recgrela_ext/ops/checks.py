@@ -206,6 +206,39 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
 
 
+def check_softmax(
+    op: str, hidden: Any, table: Any, targets: Any, ignore_index: Any, exclude: Any
+) -> None:
+    """Every argument of softmax_loss; the values of targets where they can be read for nothing."""
+    for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
+        check_tensor(op, name, x)
+        if x.device != hidden.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of hidden, {hidden.device}, got {x.device}"
+            )
+    if hidden.dim() != 2:
+        raise ValueError(f"{op}: hidden must be [T, width], got {list(hidden.shape)}")
+    if hidden.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: hidden must have dtype float32 or float64, got {hidden.dtype}")
+    if table.dim() != 2 or table.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{op}: table must be [N, {hidden.shape[1]}], got {list(table.shape)}"
+        )
+    if table.dtype != hidden.dtype:
+        raise ValueError(
+            f"{op}: table must have the dtype of hidden, {hidden.dtype}, got {table.dtype}"
+        )
+    _shape(op, "targets", targets, (hidden.shape[0],), "of the rows")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must have dtype int64, got {targets.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
+    if exclude and not 0 <= ignore_index < table.shape[0]:
+        raise ValueError(
+            f"{op}: ignore_index must be a row of table to be excluded, got {ignore_index}"
+        )
+
+
 def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """The values a CPU kernel would refuse, for calls that run the reference. CPU tensors only."""
     if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_fake(q):

@@ -327,6 +327,35 @@ def _signed(word: int) -> int:
     return word - (1 << 64)  # of a word with its highest bit set
 
 
+def softmax_loss(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    ignore_index: int = 0,
+    exclude: bool = True,
+    gradients: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients from the scores s = hidden table^T of all rows.
+
+        loss = mean of log sum_j exp s_j - s_y;   d loss / d s = (softmax(s) - onehot(y)) / rows
+
+    over the rows whose target y is not `ignore_index`.
+    """
+    kept = targets != ignore_index
+    h, y = hidden[kept], targets[kept]
+    scores = h @ table.t()  # [R, N]
+    if exclude:
+        scores = scores.index_fill(1, torch.tensor([ignore_index], device=y.device), -torch.inf)
+    count = max(h.shape[0], 1)
+    loss = -torch.log_softmax(scores, 1).gather(1, y[:, None]).sum() / count
+    if not gradients:
+        return loss, hidden.new_empty(0), table.new_empty(0)
+    share = (torch.softmax(scores, 1) - F.one_hot(y, table.shape[0])) / count
+    grad_hidden = torch.zeros_like(hidden)
+    grad_hidden[kept] = share @ table
+    return loss, grad_hidden, share.t() @ h
+
+
 def gelu_curvature(x: Tensor) -> Tensor:
     """Second derivative of GELU(x) = x Phi(x): phi(x) (2 - x^2), phi the normal density."""
     return torch.exp(-0.5 * x * x) * (2 - x * x) * (2 * torch.pi) ** -0.5
