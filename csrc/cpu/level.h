@@ -23,6 +23,7 @@ namespace RECGRELA_LEVEL {
 #include "encoder_step.h"
 #include "matrix_blocks.h"
 // keep this order
+#include "feed_forward.h"
 #include "softmax_loss.h"
 #include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL
@@ -40,5 +41,8 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::loss_tile_rows,
     RECGRELA_LEVEL::softmax_loss,
     RECGRELA_LEVEL::softmax_class_gradients,
+    RECGRELA_LEVEL::feed_forward_pack,
+    RECGRELA_LEVEL::feed_forward,
+    RECGRELA_LEVEL::feed_forward_backward,
 };
 }  // namespace recgrela

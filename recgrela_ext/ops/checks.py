@@ -206,6 +206,58 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
 
 
+def check_feed_forward(
+    op: str,
+    x: Any,
+    first_weight: Any,
+    first_bias: Any,
+    second_weight: Any,
+    second_bias: Any,
+    residual: Any,
+    p: Any,
+    inner_seed: Any,
+    outer_seed: Any,
+) -> None:
+    """Every argument of feed_forward."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "first_weight", first_weight)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be [N, C], got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: x must have dtype float32 or float64, got {x.dtype}")
+    if first_weight.dim() != 2 or first_weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: first_weight must be [M, {x.shape[1]}], got {list(first_weight.shape)}"
+        )
+    (N, C), M = x.shape, first_weight.shape[0]
+    rest: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "first_weight": (first_weight, (M, C)),
+        "first_bias": (first_bias, (M,)),
+        "second_weight": (second_weight, (C, M)),
+        "second_bias": (second_bias, (C,)),
+    }
+    if residual is not None:
+        rest["residual"] = (residual, (N, C))
+    for name, (tensor, shape) in rest.items():
+        check_tensor(op, name, tensor)
+        _shape(op, name, tensor, shape, "of x and first_weight")
+        if tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}"
+            )
+    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: p must lie in [0, 1), got {p!r}")
+    for name, seed in (("inner_seed", inner_seed), ("outer_seed", outer_seed)):
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{op}: {name} must be an int, got {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{op}: {name} must fit in 64 bits, got {seed}")
+
+
 def check_softmax(
     op: str, hidden: Any, table: Any, targets: Any, ignore_index: Any, exclude: Any
 ) -> None:

@@ -327,6 +327,50 @@ def _signed(word: int) -> int:
     return word - (1 << 64)  # of a word with its highest bit set
 
 
+def feed_forward(
+    x: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor,
+    second_weight: Tensor,
+    second_bias: Tensor,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    inner_seed: int = 0,
+    outer_seed: int = 0,
+) -> Tensor:
+    """[residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2), by :func:`activation_dropout`."""
+    pre = F.linear(x, first_weight, first_bias)  # [N, M]
+    active = activation_dropout(pre, None, True, p, inner_seed)
+    branch = F.linear(active, second_weight, second_bias)  # [N, C]
+    return activation_dropout(branch, residual, False, p, outer_seed)
+
+
+def feed_forward_gradients(
+    grad: Tensor,
+    x: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    pre: Tensor,
+    p: float,
+    inner_seed: int,
+    outer_seed: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`feed_forward` by x, W1, b1, W2 and b2, given pre = W1 x + b1."""
+    inner = dropout_factors(pre, p, inner_seed)
+    branch = grad * dropout_factors(grad, p, outer_seed)
+    density = torch.exp(-0.5 * pre * pre) * (2 * torch.pi) ** -0.5
+    slope = torch.special.ndtr(pre) + pre * density
+    grad_pre = (branch @ second_weight) * inner * slope
+    active = F.gelu(pre) * inner
+    return (
+        grad_pre @ first_weight,
+        grad_pre.t() @ x,
+        grad_pre.sum(0),
+        branch.t() @ active,
+        branch.sum(0),
+    )
+
+
 def softmax_loss(
     hidden: Tensor,
     table: Tensor,
