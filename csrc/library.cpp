@@ -16,9 +16,9 @@
   "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "         \
   "Tensor saved_kv, Tensor saved_k_sum)"
 
-#define FEED_FORWARD_ARGS                                                              \
-  "(Tensor x, Tensor first_weight, Tensor first_bias, Tensor second_weight, "          \
-  "Tensor second_bias, Tensor? residual, float p, int inner_seed, int outer_seed, "    \
+#define FEED_FORWARD_ARGS                                                           \
+  "(Tensor x, Tensor first_weight, Tensor first_bias, Tensor second_weight, "       \
+  "Tensor second_bias, Tensor? residual, float p, int inner_seed, int outer_seed, " \
   "bool save_for_backward) -> (Tensor out, Tensor pre)"
 
 STABLE_TORCH_LIBRARY(recgrela, m) {

@@ -106,9 +106,8 @@ std::tuple<Tensor, Tensor> feed_forward_cpu(Tensor x, Tensor first_weight, Tenso
   params.out = out.mutable_data_ptr();
   params.pre = save_for_backward ? pre.mutable_data_ptr() : nullptr;
   const Panels panels = pack(params, false, x);
-  run_parallel(op, (params.rows + kTileRows - 1) / kTileRows, 1, [&](int64_t begin, int64_t end) {
-    kernels().feed_forward(params, begin, end);
-  });
+  run_parallel(op, (params.rows + kTileRows - 1) / kTileRows, 1,
+               [&](int64_t begin, int64_t end) { kernels().feed_forward(params, begin, end); });
   return {out, pre};
 }
 

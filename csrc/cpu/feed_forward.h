@@ -1,5 +1,6 @@
 // feed_forward: [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2) and its gradients, a tile of
-// rows at a time, whose inner rows never leave the second-level cache. Included by every level file.
+// rows at a time, whose inner rows never leave the second-level cache. Included by every level
+// file.
 
 // The dropout of `count` elements from element `first` on, whole blocks but for the last.
 template <class F>
@@ -121,12 +122,14 @@ void pack_weights(const FeedForwardParams& p, bool backward, void* first, void* 
   }
 }
 
-inline void feed_forward_pack(const FeedForwardParams& p, bool backward, void* first, void* second) {
+inline void feed_forward_pack(const FeedForwardParams& p, bool backward, void* first,
+                              void* second) {
   p.is_double ? pack_weights<double>(p, backward, first, second)
               : pack_weights<float>(p, backward, first, second);
 }
 inline void feed_forward(const FeedForwardParams& p, int64_t begin, int64_t end) {
-  p.is_double ? feed_forward_tiles<double>(p, begin, end) : feed_forward_tiles<float>(p, begin, end);
+  p.is_double ? feed_forward_tiles<double>(p, begin, end)
+              : feed_forward_tiles<float>(p, begin, end);
 }
 inline void feed_forward_backward(const FeedForwardParams& p, int64_t begin, int64_t end) {
   p.is_double ? feed_forward_groups<double>(p, begin, end)

@@ -89,12 +89,12 @@ struct SoftmaxLossParams {
   int64_t width, class_stride, classes, masked;  // masked: a row that is no class, or -1
   int64_t num_rows, chunk_begin, chunk_end;
   int64_t group_rows;  // whose class gradients are summed by themselves, whole tiles of every level
-  const int64_t *rows, *targets;  // [num_rows] rows of hidden, and the class of each
-  const void* hidden;             // [T, width]
-  const void* class_rows;         // [classes, class_stride]
-  void* scores;                   // chunk: [tiles, classes, rows of a tile]
-  void* scaled;                   // chunk: [rows, class_stride]
-  double* losses;                 // [num_rows]
+  const int64_t *rows, *targets;     // [num_rows] rows of hidden, and the class of each
+  const void* hidden;                // [T, width]
+  const void* class_rows;            // [classes, class_stride]
+  void* scores;                      // chunk: [tiles, classes, rows of a tile]
+  void* scaled;                      // chunk: [rows, class_stride]
+  double* losses;                    // [num_rows]
   void *grad_hidden, *grad_classes;  // [T, width], [classes, class_stride]; nullptr: not wanted
 };
 
@@ -110,14 +110,14 @@ struct FeedForwardParams {
   uint64_t inner_seed, outer_seed;
   uint32_t dropped;  // these two as in ActivationDropoutParams
   double scale;
-  const void *x, *residual;                           // [rows, C]; residual nullptr: none
-  const void *first_weight, *first_bias;              // [M, C], [M]
-  const void *second_weight, *second_bias;            // [C, M], [C]
-  const void *first_panels, *second_panels;           // from feed_forward_pack, as many elements
-  const void* grad_out;                               // backward: [rows, C]
-  void *out, *pre;                                    // [rows, C], W1 x + b1 [rows, M] or nullptr
-  void* partial;                                      // backward: [groups, 2 M C + M + C]
-  int64_t group_tiles;                                // a function of rows alone
+  const void *x, *residual;                  // [rows, C]; residual nullptr: none
+  const void *first_weight, *first_bias;     // [M, C], [M]
+  const void *second_weight, *second_bias;   // [C, M], [C]
+  const void *first_panels, *second_panels;  // from feed_forward_pack, as many elements
+  const void* grad_out;                      // backward: [rows, C]
+  void *out, *pre;                           // [rows, C], W1 x + b1 [rows, M] or nullptr
+  void* partial;                             // backward: [groups, 2 M C + M + C]
+  int64_t group_tiles;                       // a function of rows alone
 };
 
 constexpr int64_t kTileRows = 64;  // times whole vectors: whole blocks of kDropoutBlock

@@ -43,10 +43,11 @@ RECGRELA_INLINE void for_panels(int64_t columns, F&& f) {
 
 constexpr int64_t kDepth = 64;  // rows of b that stay in the first-level cache
 
-// b [depth, columns] as multiply_rows reads it: panel after panel, each [depth, its columns]. Element
-// (k, c) lies at from[k * row + c * column].
+// b [depth, columns] as multiply_rows reads it: panel after panel, each [depth, its columns].
+// Element (k, c) lies at from[k * row + c * column].
 template <class A>
-void pack_panels(const A* from, int64_t row, int64_t column, int64_t depth, int64_t columns, A* to) {
+void pack_panels(const A* from, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                 A* to) {
   for_panels<A>(columns, [&](int64_t c, auto vectors) {
     constexpr int64_t kWidth = vectors() * kLanes<A>;
     A* panel = to + c * depth;
@@ -59,8 +60,7 @@ void pack_panels(const A* from, int64_t row, int64_t column, int64_t depth, int6
 // to [rows, columns] = [bias +] a [rows, depth] b, b in panels, a's rows a_row apart.
 template <class A>
 RECGRELA_NOINLINE void multiply_rows(A* to, int64_t rows, int64_t columns, const A* a,
-                                     int64_t a_row, int64_t depth, const A* panels,
-                                     const A* bias) {
+                                     int64_t a_row, int64_t depth, const A* panels, const A* bias) {
   for_panels<A>(columns, [&](int64_t c, auto vectors) {
     constexpr int64_t kWidth = vectors() * kLanes<A>;
     for (int64_t k = 0; k < depth; k += kDepth) {

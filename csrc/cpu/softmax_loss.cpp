@@ -113,8 +113,9 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
     p.class_rows = padded_classes.const_data_ptr();
   }
   if (gradients) {
-    grad_hidden = p.num_rows < hidden.size(0) ? torch::stable::new_zeros(hidden, {hidden.size(0), width})
-                                              : torch::stable::new_empty(hidden, {hidden.size(0), width});
+    grad_hidden = p.num_rows < hidden.size(0)
+                      ? torch::stable::new_zeros(hidden, {hidden.size(0), width})
+                      : torch::stable::new_empty(hidden, {hidden.size(0), width});
     grad_table = p.num_rows == 0 ? torch::stable::new_zeros(table, {n_items, width})
                                  : torch::stable::new_empty(table, {n_items, width});
     p.grad_hidden = grad_hidden.mutable_data_ptr();
@@ -141,12 +142,14 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
   for (p.chunk_begin = 0; p.chunk_begin < p.num_rows; p.chunk_begin += chunk) {
     p.chunk_end = std::min(p.chunk_begin + chunk, p.num_rows);
     const int64_t tiles = (p.chunk_end - p.chunk_begin + tile - 1) / tile;
-    run_parallel(kOp, tiles, 1, [&](int64_t begin, int64_t end) { level.softmax_loss(p, begin, end); });
+    run_parallel(kOp, tiles, 1,
+                 [&](int64_t begin, int64_t end) { level.softmax_loss(p, begin, end); });
     if (!gradients) continue;
     constexpr int64_t kGrain = 48;  // classes, whole blocks
-    torch::stable::parallel_for(0, (p.classes + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
-      level.softmax_class_gradients(p, begin * kGrain, std::min(end * kGrain, p.classes));
-    });
+    torch::stable::parallel_for(
+        0, (p.classes + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
+          level.softmax_class_gradients(p, begin * kGrain, std::min(end * kGrain, p.classes));
+        });
   }
 
   double total = 0.0;

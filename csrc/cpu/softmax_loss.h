@@ -2,8 +2,8 @@
 // scores of a tile are made, read for the largest, turned into exponentials and multiplied by the
 // classes while they are in the second-level cache. Included by every level file.
 
-// Rows of a tile: what two registers hold. Scores lie transposed, [classes, rows of a tile], so that
-// classes are read in place and sums over them need no shuffle.
+// Rows of a tile: what two registers hold. Scores lie transposed, [classes, rows of a tile], so
+// that classes are read in place and sums over them need no shuffle.
 template <class A>
 constexpr int kLossRows = 2 * kLanes<A>;
 
@@ -151,8 +151,8 @@ void loss_tiles(const SoftmaxLossParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// Gradients of classes [begin, end), the chunk's part: differences times hidden. Every group of rows
-// is summed by itself and then added, so that the sum does not depend on the size of a chunk.
+// Gradients of classes [begin, end), the chunk's part: differences times hidden. Every group of
+// rows is summed by itself and then added, so that the sum does not depend on the size of a chunk.
 template <class A>
 void add_class_gradients(const SoftmaxLossParams& p, int64_t begin, int64_t end) {
   const A *scores = static_cast<const A*>(p.scores), *scaled = static_cast<const A*>(p.scaled);
@@ -193,5 +193,6 @@ inline void softmax_loss(const SoftmaxLossParams& p, int64_t begin, int64_t end)
   p.is_double ? loss_tiles<double>(p, begin, end) : loss_tiles<float>(p, begin, end);
 }
 inline void softmax_class_gradients(const SoftmaxLossParams& p, int64_t begin, int64_t end) {
-  p.is_double ? add_class_gradients<double>(p, begin, end) : add_class_gradients<float>(p, begin, end);
+  p.is_double ? add_class_gradients<double>(p, begin, end)
+              : add_class_gradients<float>(p, begin, end);
 }

@@ -16,6 +16,9 @@ from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State
 
 
+_TILE_ROWS = 64  # of csrc/cpu/feed_forward.h: a thread's share at least
+
+
 class DropPath(nn.Module):
     """A residual branch, dropped for whole sequences with probability `p` while training.
 
@@ -81,6 +84,8 @@ class FeedForward(nn.Module):
         """Whether one operator may do all of it: plain Linear layers whose calls nobody watches."""
         if self.activation != "gelu" or not has_kernel(x) or torch.is_autocast_enabled("cpu"):
             return False
+        if x.dim() != 2 or x.shape[0] < _TILE_ROWS * torch.get_num_threads():
+            return False
         layers = self.fc1, self.fc2
         if any(type(layer) is not nn.Linear or _watched(layer) for layer in layers):
             return False
@@ -88,7 +93,7 @@ class FeedForward(nn.Module):
         if any(type(w) not in (nn.Parameter, Tensor) or w.dtype != x.dtype for w in weights):
             return False
         same = residual is None or residual.dtype == x.dtype
-        return same and x.dim() == 2 and fits_kernel(x, self.fc1.weight)
+        return same and fits_kernel(x, self.fc1.weight)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -273,9 +273,7 @@ def check_softmax(
     if hidden.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: hidden must have dtype float32 or float64, got {hidden.dtype}")
     if table.dim() != 2 or table.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{op}: table must be [N, {hidden.shape[1]}], got {list(table.shape)}"
-        )
+        raise ValueError(f"{op}: table must be [N, {hidden.shape[1]}], got {list(table.shape)}")
     if table.dtype != hidden.dtype:
         raise ValueError(
             f"{op}: table must have the dtype of hidden, {hidden.dtype}, got {table.dtype}"

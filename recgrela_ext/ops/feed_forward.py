@@ -76,11 +76,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_pre: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
     """`grad_pre` comes from a second derivative: the first one reads `pre`."""
-    x, first_weight, _, pre = ctx.saved_tensors
+    x, first_weight, _, _pre = ctx.saved_tensors
     needs = ctx.needs_input_grad
     gradients: list[Tensor | None] = [None] * 5
     if grad is not None and any(needs[:5]):

@@ -1,4 +1,4 @@
-"""softmax_loss: cross-entropy over all items and both gradients, the scores never in memory at once.
+"""softmax_loss: cross-entropy over all items and its gradients, a tile of scores at a time.
 
 Here: the public function and the fake kernel. The kernel is csrc/cpu/softmax_loss.cpp; what it
 computes, ops/reference.py. It has no autograd formula: its outputs are the gradients, and

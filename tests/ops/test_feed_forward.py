@@ -55,7 +55,8 @@ def test_agrees_with_the_reference(
     plain = results_of(reference.feed_forward, case, grad, **options)
     exact = results_of(reference.feed_forward, wide, grad.double(), **options)
     for name, x, y, e in zip(("out", *NAMES), found, plain, exact, strict=False):
-        assert x.dtype == dtype and x.shape == y.shape
+        assert x.dtype == dtype
+        assert x.shape == y.shape
         error, theirs = ((z.double() - e).abs().max().item() for z in (x, y))
         own = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-13
         assert error <= 2 * theirs + own * e.abs().max().item(), name
@@ -103,7 +104,8 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     grad = torch.ones(70, 16)
     out, dx, dw1, *_ = results_of(ops.feed_forward, case, grad)
     finite = torch.arange(70) != 3
-    assert out[finite].isfinite().all() and not out[3].isfinite().all()
+    assert out[finite].isfinite().all()
+    assert not out[3].isfinite().all()
     assert dx[finite].isfinite().all()
     assert not dw1.isfinite().all()
 
@@ -166,7 +168,9 @@ def test_opcheck(residual: bool) -> None:
 
 
 def test_compile() -> None:
-    case: list[Any] = [t.requires_grad_() for t in make_case(9, 16, 32, torch.float32) if t is not None]
+    case: list[Any] = [
+        t.requires_grad_() for t in make_case(9, 16, 32, torch.float32) if t is not None
+    ]
 
     def call(*tensors: Tensor) -> Tensor:
         return ops.feed_forward(*tensors, 0.3, 2, 3).sum(1)
@@ -189,17 +193,33 @@ X, W1, B1, W2, B2, R = (GOOD[name] for name in NAMES)
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     "dims": ({"x": X[0]}, ValueError, r"x must be \[N, C\], got \[16\]"),
-    "half": ({"x": X.half()}, ValueError, "x must have dtype float32 or float64, got torch.float16"),
+    "half": (
+        {"x": X.half()},
+        ValueError,
+        "x must have dtype float32 or float64, got torch.float16",
+    ),
     "width": ({"first_weight": W1[:, :8]}, ValueError, r"first_weight must be \[M, 16\], got \[32"),
     "first bias": ({"first_bias": B1[:1]}, ValueError, "first_bias must have shape of x and first"),
     "second": ({"second_weight": W2.t()}, ValueError, "second_weight must have shape of x and fir"),
     "second bias": ({"second_bias": None}, TypeError, "second_bias must be a tensor, got NoneType"),
     "residual": ({"residual": R[:1]}, ValueError, "residual must have shape of x and first_weight"),
-    "dtype": ({"second_bias": B2.double()}, ValueError, "second_bias must have the dtype of x, tor"),
-    "device": ({"residual": R.to("meta")}, ValueError, "residual must be on the device of x, cpu, "),
+    "dtype": (
+        {"second_bias": B2.double()},
+        ValueError,
+        "second_bias must have the dtype of x, tor",
+    ),
+    "device": (
+        {"residual": R.to("meta")},
+        ValueError,
+        "residual must be on the device of x, cpu, ",
+    ),
     "p": ({"p": 1.0}, ValueError, r"p must lie in \[0, 1\), got 1.0"),
     "seed": ({"outer_seed": 1.5}, TypeError, "outer_seed must be an int, got 1.5"),
-    "long seed": ({"inner_seed": 2**63}, ValueError, "inner_seed must fit in 64 bits, got 92233720"),
+    "long seed": (
+        {"inner_seed": 2**63},
+        ValueError,
+        "inner_seed must fit in 64 bits, got 92233720",
+    ),
 }
 
 

@@ -46,7 +46,8 @@ def test_agrees_with_the_reference(
         plain = reference.softmax_loss(hidden, table, targets, ignore, exclude)
         exact = reference.softmax_loss(hidden.double(), table.double(), targets, ignore, exclude)
         for x, p, e in zip(found, plain, exact, strict=True):
-            assert x.dtype == dtype and x.shape == p.shape
+            assert x.dtype == dtype
+            assert x.shape == p.shape
             largest = e.abs().max().item()
             error, theirs = ((y.double() - e).abs().max().item() for y in (x, p))
             own = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-13  # nothing wider
@@ -62,9 +63,7 @@ def test_by_hand() -> None:
     table = torch.tensor([[9.0, 9.0], [0.0, 1.0], [math.log(3.0), 2.0]])
     loss, by_hidden, by_table = ops.softmax_loss(hidden, table, torch.tensor([1, 0]))
     torch.testing.assert_close(loss, torch.tensor(math.log(4.0)))
-    torch.testing.assert_close(
-        by_hidden, torch.tensor([[0.75 * math.log(3.0), 0.75], [0.0, 0.0]])
-    )
+    torch.testing.assert_close(by_hidden, torch.tensor([[0.75 * math.log(3.0), 0.75], [0.0, 0.0]]))
     torch.testing.assert_close(by_table, torch.tensor([[0.0, 0.0], [-0.75, 0.0], [0.75, 0.0]]))
 
 
@@ -86,7 +85,8 @@ def test_no_target() -> None:
         loss, by_hidden, by_table = ops.softmax_loss(hidden[: len(targets)], table, targets)
         assert loss == 0
         assert by_hidden.shape == (len(targets), 16)
-        assert not by_hidden.any() and not by_table.any()
+        assert not by_hidden.any()
+        assert not by_table.any()
 
 
 def test_gradients_only_where_wanted() -> None:
