@@ -15,7 +15,6 @@ from .dropout import draw_seed, dropout, has_kernel
 from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State
 
-
 _TILE_ROWS = 64  # of csrc/cpu/feed_forward.h: a thread's share at least
 
 

@@ -2,13 +2,13 @@
 
     loss = mean over t with targets[t] != ignore_index of -log softmax(h[t] table^T)[targets[t]]
 
-On a CPU `ops.softmax_loss` does it, a tile of rows at a time. Elsewhere, under autocast to bfloat16,
-with `chunk_rows`, and where there is no tile of rows for every thread, the rows are taken in chunks by
-torch: the gradient of a chunk is formed while its probabilities are in the cache, so the forward does
-all the work and the backward only scales; memory beside the gradients is one chunk
-[chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast to bfloat16
-the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter less time). Same
-bits for the same input and thread count.
+On a CPU `ops.softmax_loss` does it, a tile of rows at a time. Elsewhere, under autocast to
+bfloat16, with `chunk_rows`, and where there is no tile of rows for every thread, torch takes the rows
+in chunks: the gradient of a chunk is formed while its probabilities are in the cache, so the forward
+does all the work and the backward only scales; memory beside the gradients is one chunk
+[chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast to
+bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter less
+time). Same bits for the same input and thread count.
 
 Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.13, float32, hidden
 64, least of several runs; memory holds the gradients themselves too):
@@ -19,9 +19,9 @@ Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.1
     F.linear_cross_entropy, best chunks         43 ms    5 MB             265 ms   52 MB
     torch in chunks, method="chunked"           39 ms    7 MB             173 ms   67 MB
 
-`ops.softmax_loss` takes 0.7 of the last row's time in both columns (in turn in one process: 3,200 rows
-33 to 23 ms, 512 rows of 100,000 items 278 to 190) and 4 and 85 MB. That is why `method="auto"` takes
-it; `method="torch"` calls `F.linear_cross_entropy`.
+`ops.softmax_loss` takes 0.7 of the last row's time in both columns (in turn in one process: 3,200
+rows 33 to 23 ms, 512 rows of 100,000 items 278 to 190) and 4 and 85 MB. That is why
+`method="auto"` takes it; `method="torch"` calls `F.linear_cross_entropy`.
 """
 
 from __future__ import annotations
