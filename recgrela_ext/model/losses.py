@@ -3,12 +3,12 @@
     loss = mean over t with targets[t] != ignore_index of -log softmax(h[t] table^T)[targets[t]]
 
 On a CPU `ops.softmax_loss` does it, a tile of rows at a time. Elsewhere, under autocast to
-bfloat16, with `chunk_rows`, and where there is no tile of rows for every thread, torch takes the rows
-in chunks: the gradient of a chunk is formed while its probabilities are in the cache, so the forward
-does all the work and the backward only scales; memory beside the gradients is one chunk
+bfloat16, with `chunk_rows`, and where there is no tile of rows for every thread, torch takes the
+rows in chunks: the gradient of a chunk is formed while its probabilities are in the cache, so the
+forward does all the work and the backward only scales; memory beside the gradients is one chunk
 [chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast to
-bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter less
-time). Same bits for the same input and thread count.
+bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter
+less time). Same bits for the same input and thread count.
 
 Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.13, float32, hidden
 64, least of several runs; memory holds the gradients themselves too):
