@@ -38,7 +38,8 @@ struct Classes {
   int64_t first, count, masked;
 };
 
-Classes find_classes(int64_t rows, int64_t excluded) {
+Classes find_classes(int64_t rows, bool exclude, int64_t excluded) {
+  if (!exclude) return {0, rows, -1};
   if (excluded == 0) return {1, rows - 1, -1};
   if (excluded == rows - 1) return {0, rows - 1, -1};
   return {0, rows, excluded};
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
                                                     bool gradients) {
   check(hidden, table, targets, ignore_index, exclude);
   const int64_t n_items = table.size(0), width = hidden.size(1);
-  const Classes classes = find_classes(n_items, exclude ? ignore_index : -1);
+  const Classes classes = find_classes(n_items, exclude, ignore_index);
   std::vector<int64_t> rows, wanted;
   list_rows(targets, ignore_index, n_items, classes.first, rows, wanted);
 

@@ -91,7 +91,7 @@ def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
         return False
     if _autocast_factors("cpu") is not None:
         return False
-    at_once = min(hidden.shape[0], max(2**24 // table.shape[0], _FEWEST_ROWS))
+    at_once = min(hidden.shape[0], max(2**24 // max(table.shape[0], 1), _FEWEST_ROWS))
     return at_once >= _TILE * torch.get_num_threads()
 
 

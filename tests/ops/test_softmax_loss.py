@@ -89,6 +89,18 @@ def test_no_target() -> None:
         assert not by_table.any()
 
 
+def test_no_classes() -> None:
+    targets = torch.full((40,), -1)
+    loss, by_hidden, by_table = ops.softmax_loss(
+        torch.randn(40, 16), torch.zeros(0, 16), targets, -1, exclude=False
+    )
+    assert loss == 0
+    assert by_table.shape == (0, 16)
+    assert not by_hidden.any()
+    only = ops.softmax_loss(torch.randn(40, 16), torch.ones(1, 16), torch.zeros(40).long())
+    assert not any(x.any() for x in only)
+
+
 def test_gradients_only_where_wanted() -> None:
     hidden, table, targets = make_case(70, 30, 16, torch.float32)
     loss, by_hidden, by_table = ops.softmax_loss(hidden, table, targets, gradients=False)
