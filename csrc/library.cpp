@@ -16,6 +16,11 @@
   "bool save_for_backward) -> (Tensor out, Tensor final_kv, Tensor final_k_sum, "         \
   "Tensor saved_kv, Tensor saved_k_sum)"
 
+#define FEED_FORWARD_ARGS                                                           \
+  "(Tensor x, Tensor first_weight, Tensor first_bias, Tensor second_weight, "       \
+  "Tensor second_bias, Tensor? residual, float p, int inner_seed, int outer_seed, " \
+  "bool save_for_backward) -> (Tensor out, Tensor pre)"
+
 STABLE_TORCH_LIBRARY(recgrela, m) {
   m.def("gated_rela_forward" GATED_RELA_ARGS);
   m.def("gated_rela" GATED_RELA_ARGS);
@@ -46,6 +51,18 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
   m.def(
       "activation_dropout_backward(Tensor grad, Tensor? x, bool gelu, float p, int seed) "
       "-> Tensor");
+
+  m.def(
+      "softmax_loss(Tensor hidden, Tensor table, Tensor targets, int ignore_index, "
+      "bool exclude, bool gradients) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table)");
+
+  m.def("feed_forward_forward" FEED_FORWARD_ARGS);
+  m.def("feed_forward" FEED_FORWARD_ARGS);
+  m.def(
+      "feed_forward_backward(Tensor grad, Tensor x, Tensor first_weight, Tensor second_weight, "
+      "Tensor pre, float p, int inner_seed, int outer_seed) -> (Tensor grad_x, "
+      "Tensor grad_first_weight, Tensor grad_first_bias, Tensor grad_second_weight, "
+      "Tensor grad_second_bias)");
 
   m.def("rela_forward" RELA_ARGS);
   m.def("rela" RELA_ARGS);

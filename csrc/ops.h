@@ -82,6 +82,24 @@ Tensor activation_dropout_cpu(Tensor x, OptionalTensor residual, bool gelu, doub
 Tensor activation_dropout_backward_cpu(Tensor grad, OptionalTensor x, bool gelu, double p,
                                        int64_t seed);
 
+// Mean cross-entropy of the rows of hidden [T, C] whose target [T] int64 is not ignore_index, over
+// the rows of table [N, C] without row ignore_index where exclude; and both gradients, empty unless
+// asked for. float32 or float64, contiguous.
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table, Tensor targets,
+                                                    int64_t ignore_index, bool exclude,
+                                                    bool gradients);
+
+// [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2) of rows x [N, C], W1 [M, C], W2 [C, M], C
+// and M whole multiples of 64 bytes; pre = W1 x + b1 [N, M], empty unless save_for_backward. The
+// gradients: of x, W1, b1, W2, b2. float32 or float64, contiguous; dropout as activation_dropout.
+std::tuple<Tensor, Tensor> feed_forward_cpu(Tensor x, Tensor first_weight, Tensor first_bias,
+                                            Tensor second_weight, Tensor second_bias,
+                                            OptionalTensor residual, double p, int64_t inner_seed,
+                                            int64_t outer_seed, bool save_for_backward);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward_cpu(
+    Tensor grad, Tensor x, Tensor first_weight, Tensor second_weight, Tensor pre, double p,
+    int64_t inner_seed, int64_t outer_seed);
+
 // gated_rela without gate and rank augmentation; its states have no conv.
 using RelaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RelaResult rela_cpu(Tensor q, Tensor k, Tensor v, Tensor inv_freq, OptionalTensor lengths,

@@ -20,6 +20,8 @@ _REJECTIONS = (
     "encoder_step",
     "topk_scores",
     "activation_dropout",
+    "softmax_loss",
+    "feed_forward",
     "RECGRELA_CPU_LEVEL",
 )
 

@@ -91,11 +91,52 @@ struct ActivationDropoutParams {
   void* out;
 };
 
+// Cross-entropy of the rows [chunk_begin, chunk_end) of a list, and its gradients. Rows of classes,
+// scaled and grad_classes are class_stride elements apart, whole vectors of every level: what lies
+// behind `width` is 0.
+struct SoftmaxLossParams {
+  bool is_double;
+  int64_t width, class_stride, classes, masked;  // masked: a row that is no class, or -1
+  int64_t num_rows, chunk_begin, chunk_end;
+  int64_t group_rows;  // whose class gradients are summed by themselves, whole tiles of every level
+  const int64_t *rows, *targets;     // [num_rows] rows of hidden, and the class of each
+  const void* hidden;                // [T, width]
+  const void* class_rows;            // [classes, class_stride]
+  void* scores;                      // chunk: [tiles, classes, rows of a tile]
+  void* scaled;                      // chunk: [rows, class_stride]
+  double* losses;                    // [num_rows]
+  void *grad_hidden, *grad_classes;  // [T, width], [classes, class_stride]; nullptr: not wanted
+};
+
+constexpr int64_t kLossTile = 32;  // rows, a multiple of every level's tile
+
 constexpr int64_t kDropoutBlock = 1024;  // elements of activation_dropout with one pair of keys
+
+// [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2). Widths are whole vectors of every level.
+// Backward, `out` is the gradient of x and `pre` is read.
+struct FeedForwardParams {
+  bool is_double;
+  int64_t rows, width, inner;  // C, M
+  uint64_t inner_seed, outer_seed;
+  uint32_t dropped;  // these two as in ActivationDropoutParams
+  double scale;
+  const void *x, *residual;                  // [rows, C]; residual nullptr: none
+  const void *first_weight, *first_bias;     // [M, C], [M]
+  const void *second_weight, *second_bias;   // [C, M], [C]
+  const void *first_panels, *second_panels;  // from feed_forward_pack, as many elements
+  const void* grad_out;                      // backward: [rows, C]
+  void *out, *pre;                           // [rows, C], W1 x + b1 [rows, M] or nullptr
+  void* partial;                             // backward: [groups, 2 M C + M + C]
+  int64_t group_tiles;                       // a function of rows alone
+};
+
+constexpr int64_t kTileRows = 64;  // times whole vectors: whole blocks of kDropoutBlock
 
 // One call handles the work items [begin, end): (sequence, head) pairs b * H + h forward and in a
 // step, (group, head) pairs backward, users in encoder_step, blocks of
-// kDropoutBlock elements in activation_dropout. Work items are independent of each other. Forward
+// kDropoutBlock elements in activation_dropout, tiles of a chunk in softmax_loss and classes in
+// softmax_class_gradients, which follows it, tiles of kTileRows rows in feed_forward and groups of
+// them in its backward. Work items are independent of each other. Forward
 // with segments they are ((b * H + h) * segments + s), and segment_sums must have run over all of
 // them and join_segments after it.
 struct Kernels {
@@ -109,6 +150,12 @@ struct Kernels {
   void (*topk_scores)(const TopKParams&, int64_t begin, int64_t end);
   void (*activation_dropout)(const ActivationDropoutParams&, int64_t begin, int64_t end);
   void (*activation_dropout_backward)(const ActivationDropoutParams&, int64_t begin, int64_t end);
+  int64_t (*loss_tile_rows)(const SoftmaxLossParams&);
+  void (*softmax_loss)(const SoftmaxLossParams&, int64_t begin, int64_t end);
+  void (*softmax_class_gradients)(const SoftmaxLossParams&, int64_t begin, int64_t end);
+  void (*feed_forward_pack)(const FeedForwardParams&, bool backward, void* first, void* second);
+  void (*feed_forward)(const FeedForwardParams&, int64_t begin, int64_t end);
+  void (*feed_forward_backward)(const FeedForwardParams&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

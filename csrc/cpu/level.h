@@ -24,6 +24,10 @@ namespace RECGRELA_LEVEL {
 // keep this order
 #include "activation_dropout.h"
 #include "encoder_step.h"
+#include "matrix_blocks.h"
+// keep this order
+#include "feed_forward.h"
+#include "softmax_loss.h"
 #include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL
 
@@ -38,5 +42,11 @@ const Kernels RECGRELA_KERNELS = {
     RECGRELA_LEVEL::topk_scores,
     RECGRELA_LEVEL::activation_dropout,
     RECGRELA_LEVEL::activation_dropout_backward,
+    RECGRELA_LEVEL::loss_tile_rows,
+    RECGRELA_LEVEL::softmax_loss,
+    RECGRELA_LEVEL::softmax_class_gradients,
+    RECGRELA_LEVEL::feed_forward_pack,
+    RECGRELA_LEVEL::feed_forward,
+    RECGRELA_LEVEL::feed_forward_backward,
 };
 }  // namespace recgrela

@@ -23,8 +23,8 @@ def dropout(
     Each element is 0 with probability p, else scaled by 1 / (1 - p). Compiled and exported
     graphs, other devices and an installation without kernels use torch's own dropout.
     """
-    if training and p > 0.0 and _has_kernel(x):
-        seed = int(torch.empty((), dtype=torch.int64).random_(_LOWEST, None))
+    if training and p > 0.0 and has_kernel(x):
+        seed = draw_seed()
         if residual is None or residual.dtype == x.dtype:
             return ops.activation_dropout(x, residual, gelu, p, seed)
         x = ops.activation_dropout(x, None, gelu, p, seed)
@@ -34,7 +34,13 @@ def dropout(
     return x if residual is None else residual + x
 
 
-def _has_kernel(x: Tensor) -> bool:
+def draw_seed() -> int:
+    """One number of torch's default generator."""
+    return int(torch.empty((), dtype=torch.int64).random_(_LOWEST, None))
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether an operator that draws numbers may run on x now."""
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         return False  # a number drawn now would become a constant, or cannot be drawn
     return x.device.type == "cpu" and _library.has_kernels(x.device)

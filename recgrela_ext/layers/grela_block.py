@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .dropout import dropout
+from ..ops.feed_forward import feed_forward, fits_kernel
+from .dropout import draw_seed, dropout, has_kernel
 from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State
+
+_TILE_ROWS = 64  # of csrc/cpu/feed_forward.h: a thread's share at least
 
 
 class DropPath(nn.Module):
@@ -64,11 +67,41 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[residual +] the MLP of x; all are [N, hidden_size]."""
+        if self._fused(x, residual):
+            p = self.dropout if self.training else 0.0
+            seeds = (draw_seed(), draw_seed()) if p > 0.0 else (0, 0)
+            first, second = self.fc1, self.fc2
+            weights = first.weight, first.bias, second.weight, second.bias
+            return feed_forward(x, *weights, residual, p, *seeds)
         gelu, inner = self.activation == "gelu", self.fc1(x)
         if not gelu:
             inner = ACTIVATIONS[self.activation](inner)
         inner = dropout(inner, self.dropout, self.training, gelu=gelu)
         return dropout(self.fc2(inner), self.dropout, self.training, residual)
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether one operator may do all of it: plain Linear layers whose calls nobody watches."""
+        if self.activation != "gelu" or not has_kernel(x) or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dim() != 2 or x.shape[0] < _TILE_ROWS * torch.get_num_threads():
+            return False
+        layers = self.fc1, self.fc2
+        if any(type(layer) is not nn.Linear or _watched(layer) for layer in layers):
+            return False
+        weights = [w for layer in layers for w in (layer.weight, layer.bias)]
+        if any(type(w) not in (nn.Parameter, Tensor) or w.dtype != x.dtype for w in weights):
+            return False
+        same = residual is None or residual.dtype == x.dtype
+        return same and fits_kernel(x, self.fc1.weight)
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class GRELABlock(nn.Module):

@@ -2,10 +2,12 @@
 
     loss = mean over t with targets[t] != ignore_index of -log softmax(h[t] table^T)[targets[t]]
 
-The rows are taken in chunks. The gradient of a chunk is formed while its probabilities are in the
-cache, so the forward does all the work and the backward only scales; memory beside the gradients is
-one chunk [chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast
-to bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter
+On a CPU `ops.softmax_loss` does it, a tile of rows at a time. Elsewhere, under autocast to
+bfloat16, with `chunk_rows`, and where there is no tile of rows for every thread, torch takes the
+rows in chunks: the gradient of a chunk is formed while its probabilities are in the cache, so the
+forward does all the work and the backward only scales; memory beside the gradients is one chunk
+[chunk_rows, n_items]. Logits, probabilities and sums are float32 at least. Under autocast to
+bfloat16 the two products of the gradient take bfloat16 factors (where the CPU can, in a quarter
 less time). Same bits for the same input and thread count.
 
 Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.13, float32, hidden
@@ -15,9 +17,11 @@ Time and peak memory of loss and gradients (two cores of an AMD Zen 4, torch 2.1
     F.cross_entropy                            144 ms  158 MB             383 ms  565 MB
     F.linear_cross_entropy, auto chunks         65 ms    5 MB           2,227 ms   25 MB
     F.linear_cross_entropy, best chunks         43 ms    5 MB             265 ms   52 MB
-    this code                                   39 ms    7 MB             173 ms   67 MB
+    torch in chunks, method="chunked"           39 ms    7 MB             173 ms   67 MB
 
-That is why `method="auto"` is the code here; `method="torch"` calls `F.linear_cross_entropy`.
+`ops.softmax_loss` takes 0.7 of the last row's time in both columns (in turn in one process: 3,200
+rows 33 to 23 ms, 512 rows of 100,000 items 278 to 190) and 4 and 85 MB. That is why
+`method="auto"` takes it; `method="torch"` calls `F.linear_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _library, ops
+
+_TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
 _UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
 
 
@@ -52,7 +59,8 @@ def softmax_loss(
         exclude_padding_class: the row `ignore_index` of `table` is no class of the softmax and gets
             a zero gradient.
         chunk_rows: rows of logits held at once; by default chosen for the cache.
-        method: "auto", "chunked" (this code) or "torch" (`F.linear_cross_entropy`, torch >= 2.13).
+        method: "auto" (`ops.softmax_loss` where it is faster, else chunks), "chunked" or "torch"
+            (`F.linear_cross_entropy`, torch >= 2.13).
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -62,15 +70,29 @@ def softmax_loss(
         TypeError: `targets` is not int64.
     """
     _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
-    rows = (targets != ignore_index).nonzero().squeeze(1)
+    fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
+    rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":
+        assert rows is not None
         return _torch_loss(hidden, table, targets, rows, ignore_index, exclude_padding_class)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
     excluded = ignore_index if exclude_padding_class else None
-    loss: Tensor = _ChunkedSoftmax.apply(
-        hidden, table, targets, rows, excluded, chunk_rows, wants_grad
+    loss: Tensor = _Softmax.apply(
+        hidden, table, targets, rows, ignore_index, excluded, chunk_rows, wants_grad
     )
     return loss
+
+
+def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
+    """Whether `ops.softmax_loss` is the faster way: a tile of rows for every thread at once."""
+    if torch.compiler.is_compiling() or isinstance(hidden, torch._subclasses.FakeTensor):
+        return False
+    if hidden.device.type != "cpu" or not _library.has_kernels(hidden.device):
+        return False
+    if _autocast_factors("cpu") is not None:
+        return False
+    at_once = min(hidden.shape[0], max(2**24 // max(table.shape[0], 1), _FEWEST_ROWS))
+    return at_once >= _TILE * torch.get_num_threads()
 
 
 def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
@@ -80,23 +102,33 @@ def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
     return min(8192, max(64, 2**26 // n_items))
 
 
-class _ChunkedSoftmax(torch.autograd.Function):
+class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         table: Tensor,
         targets: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
+        ignore_index: int,
         excluded: int | None,
         chunk_rows: int | None,
         wants_grad: bool,
     ) -> Tensor:
         factors = _autocast_factors(hidden.device.type)
+        grad_hidden: Tensor | None
+        grad_table: Tensor | None
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grad_hidden, grad_table = _loss_and_gradients(
-                hidden, table, targets, rows, excluded, chunk_rows, wants_grad, factors
-            )
+            if rows is None:
+                dtype = _score_dtype(hidden, table)
+                loss, grad_hidden, grad_table = ops.softmax_loss(
+                    hidden.to(dtype), table.to(dtype), targets, ignore_index,
+                    excluded is not None, wants_grad,
+                )  # fmt: skip
+            else:
+                loss, grad_hidden, grad_table = _loss_and_gradients(
+                    hidden, table, targets, rows, excluded, chunk_rows, wants_grad, factors
+                )
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_table)
             ctx.dtypes = hidden.dtype, table.dtype  # cast after a loss scale was applied
@@ -110,7 +142,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         return (
             (grad_hidden * grad_loss).to(ctx.dtypes[0]) if needs_hidden else None,
             (grad_table * grad_loss).to(ctx.dtypes[1]) if needs_table else None,
-            *([None] * 5),
+            *([None] * 6),
         )
 
 
@@ -124,7 +156,7 @@ def _loss_and_gradients(
     wants_grad: bool,
     factors: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
+    dtype = _score_dtype(hidden, table)
     num_rows, n_items = rows.numel(), table.shape[0]
     first, last = _class_range(n_items, excluded)
     classes = table[first:last].to(dtype)  # [C, hidden]
@@ -186,6 +218,10 @@ def _softmax_in_place(
     picked[small] = 1.0
     nll = F.cross_entropy(exact, y[small, 0], reduction="sum")
     return nll.double() - picked.log().sum(dtype=torch.float64)
+
+
+def _score_dtype(hidden: Tensor, table: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
 
 
 def _autocast_factors(device_type: str) -> torch.dtype | None:

@@ -206,6 +206,89 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
 
 
+def check_feed_forward(
+    op: str,
+    x: Any,
+    first_weight: Any,
+    first_bias: Any,
+    second_weight: Any,
+    second_bias: Any,
+    residual: Any,
+    p: Any,
+    inner_seed: Any,
+    outer_seed: Any,
+) -> None:
+    """Every argument of feed_forward."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "first_weight", first_weight)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be [N, C], got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: x must have dtype float32 or float64, got {x.dtype}")
+    if first_weight.dim() != 2 or first_weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: first_weight must be [M, {x.shape[1]}], got {list(first_weight.shape)}"
+        )
+    (N, C), M = x.shape, first_weight.shape[0]
+    rest: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "first_weight": (first_weight, (M, C)),
+        "first_bias": (first_bias, (M,)),
+        "second_weight": (second_weight, (C, M)),
+        "second_bias": (second_bias, (C,)),
+    }
+    if residual is not None:
+        rest["residual"] = (residual, (N, C))
+    for name, (tensor, shape) in rest.items():
+        check_tensor(op, name, tensor)
+        _shape(op, name, tensor, shape, "of x and first_weight")
+        if tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}"
+            )
+    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: p must lie in [0, 1), got {p!r}")
+    for name, seed in (("inner_seed", inner_seed), ("outer_seed", outer_seed)):
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{op}: {name} must be an int, got {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{op}: {name} must fit in 64 bits, got {seed}")
+
+
+def check_softmax(
+    op: str, hidden: Any, table: Any, targets: Any, ignore_index: Any, exclude: Any
+) -> None:
+    """Every argument of softmax_loss; the values of targets where they can be read for nothing."""
+    for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
+        check_tensor(op, name, x)
+        if x.device != hidden.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of hidden, {hidden.device}, got {x.device}"
+            )
+    if hidden.dim() != 2:
+        raise ValueError(f"{op}: hidden must be [T, width], got {list(hidden.shape)}")
+    if hidden.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: hidden must have dtype float32 or float64, got {hidden.dtype}")
+    if table.dim() != 2 or table.shape[1] != hidden.shape[1]:
+        raise ValueError(f"{op}: table must be [N, {hidden.shape[1]}], got {list(table.shape)}")
+    if table.dtype != hidden.dtype:
+        raise ValueError(
+            f"{op}: table must have the dtype of hidden, {hidden.dtype}, got {table.dtype}"
+        )
+    _shape(op, "targets", targets, (hidden.shape[0],), "of the rows")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must have dtype int64, got {targets.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
+    if exclude and not 0 <= ignore_index < table.shape[0]:
+        raise ValueError(
+            f"{op}: ignore_index must be a row of table to be excluded, got {ignore_index}"
+        )
+
+
 def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """The values a CPU kernel would refuse, for calls that run the reference. CPU tensors only."""
     if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_fake(q):

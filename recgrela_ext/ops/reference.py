@@ -327,6 +327,79 @@ def _signed(word: int) -> int:
     return word - (1 << 64)  # of a word with its highest bit set
 
 
+def feed_forward(
+    x: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor,
+    second_weight: Tensor,
+    second_bias: Tensor,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    inner_seed: int = 0,
+    outer_seed: int = 0,
+) -> Tensor:
+    """[residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2), by :func:`activation_dropout`."""
+    pre = F.linear(x, first_weight, first_bias)  # [N, M]
+    active = activation_dropout(pre, None, True, p, inner_seed)
+    branch = F.linear(active, second_weight, second_bias)  # [N, C]
+    return activation_dropout(branch, residual, False, p, outer_seed)
+
+
+def feed_forward_gradients(
+    grad: Tensor,
+    x: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    pre: Tensor,
+    p: float,
+    inner_seed: int,
+    outer_seed: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`feed_forward` by x, W1, b1, W2 and b2, given pre = W1 x + b1."""
+    inner = dropout_factors(pre, p, inner_seed)
+    branch = grad * dropout_factors(grad, p, outer_seed)
+    density = torch.exp(-0.5 * pre * pre) * (2 * torch.pi) ** -0.5
+    slope = torch.special.ndtr(pre) + pre * density
+    grad_pre = (branch @ second_weight) * inner * slope
+    active = F.gelu(pre) * inner
+    return (
+        grad_pre @ first_weight,
+        grad_pre.t() @ x,
+        grad_pre.sum(0),
+        branch.t() @ active,
+        branch.sum(0),
+    )
+
+
+def softmax_loss(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    ignore_index: int = 0,
+    exclude: bool = True,
+    gradients: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients from the scores s = hidden table^T of all rows.
+
+        loss = mean of log sum_j exp s_j - s_y;   d loss / d s = (softmax(s) - onehot(y)) / rows
+
+    over the rows whose target y is not `ignore_index`.
+    """
+    kept = targets != ignore_index
+    h, y = hidden[kept], targets[kept]
+    scores = h @ table.t()  # [R, N]
+    if exclude:
+        scores = scores.index_fill(1, torch.tensor([ignore_index], device=y.device), -torch.inf)
+    count = max(h.shape[0], 1)
+    loss = -torch.log_softmax(scores, 1).gather(1, y[:, None]).sum() / count
+    if not gradients:
+        return loss, hidden.new_empty(0), table.new_empty(0)
+    share = (torch.softmax(scores, 1) - F.one_hot(y, table.shape[0])) / count
+    grad_hidden = torch.zeros_like(hidden)
+    grad_hidden[kept] = share @ table
+    return loss, grad_hidden, share.t() @ h
+
+
 def gelu_curvature(x: Tensor) -> Tensor:
     """Second derivative of GELU(x) = x Phi(x): phi(x) (2 - x^2), phi the normal density."""
     return torch.exp(-0.5 * x * x) * (2 - x * x) * (2 * torch.pi) ** -0.5

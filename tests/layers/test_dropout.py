@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from recgrela_ext import _library
-from recgrela_ext.layers import FeedForward
+from recgrela_ext.layers import FeedForward, grela_block
 from recgrela_ext.layers.dropout import dropout
 
 
@@ -124,3 +124,62 @@ def test_feed_forward(activation: str) -> None:
     dropped = FeedForward(16, 0.5, activation).eval()
     dropped.load_state_dict(layer.state_dict())
     assert torch.equal(dropped(x, residual), residual + wanted)
+
+
+def _enough_rows() -> int:
+    return 64 * torch.get_num_threads() + 22  # a tile for every thread
+
+
+@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_fused_feed_forward_is_the_layers_one_by_one(with_residual: bool) -> None:
+    """A hook makes the layers run one by one: the same masks, the same values and gradients."""
+    layer = FeedForward(32, dropout=0.3).double()
+    x = torch.randn(_enough_rows(), 32, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn_like(x) if with_residual else None
+    leaves = [x, *layer.parameters()]
+    seen = []
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(3)
+        out = layer(x, residual)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    fused = run()
+    handle = layer.fc1.register_forward_hook(lambda *_: seen.append(1))
+    one_by_one = run()
+    handle.remove()
+    assert seen == [1]
+    for a, b in zip(fused, one_by_one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+def test_where_the_fused_feed_forward_stands_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced or half-precision layers, autocast and other activations keep their own code."""
+    calls: list[int] = []
+    whole = grela_block.feed_forward
+    monkeypatch.setattr(
+        grela_block,
+        "feed_forward",
+        lambda *a: calls.append(1) or whole(*a),  # type: ignore[func-returns-value]
+    )
+    x = torch.randn(_enough_rows(), 32)
+    FeedForward(32)(x)
+    assert calls == [1]
+
+    class Doubled(nn.Linear):
+        def forward(self, rows: Tensor) -> Tensor:
+            return 2 * super().forward(rows)
+
+    replaced = FeedForward(32, dropout=0.0)
+    plain = replaced(x)
+    replaced.fc2 = Doubled(128, 32)
+    assert not torch.equal(replaced(x), plain)
+    FeedForward(32).bfloat16()(x.bfloat16())
+    FeedForward(32, activation="relu")(x)
+    FeedForward(20)(x[:, :20])
+    FeedForward(32)(x[:5])  # packing the weights would cost more than the products
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FeedForward(32)(x).dtype == torch.bfloat16
+    assert len(calls) == 2  # one of them `replaced` before it was

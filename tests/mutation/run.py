@@ -34,6 +34,7 @@ LEVEL = "avx2"
 TESTS = {  # cheapest first
     "test_kernels": [],
     "test_activation_dropout": [],
+    "test_tiles": [],
     "test_topk_scores": [],
     "test_stream": ["2000"],
     "test_shapes": [],

@@ -25,6 +25,8 @@ from recgrela_ext import build_info, ops
 from tests.ops.agreement import assert_agrees
 from tests.ops.problems import make_problem
 from tests.ops import test_activation_dropout as dropout
+from tests.ops import test_feed_forward as feed_forward
+from tests.ops import test_softmax_loss as loss
 from tests.ops.test_gated_rela_step import stepwise
 
 torch.manual_seed(0)
@@ -39,6 +41,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     dropout.test_the_mask_is_the_reference_s(5, dtype)
     for options in dropout.MODES.values():
         dropout.test_agrees_with_the_reference(options, dtype, 1025)
+for dtype in (torch.float32, torch.float64):
+    for shape in ((70, 64, 16), (530, 129, 64), (97, 300, 72)):
+        loss.test_agrees_with_the_reference(dtype, shape, 0)
+        loss.test_agrees_with_the_reference(dtype, shape, 11)
+    for shape in feed_forward.SHAPES:
+        feed_forward.test_agrees_with_the_reference(dtype, True, 0.3, shape)
 """
 
 

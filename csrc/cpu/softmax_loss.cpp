@@ -1,0 +1,181 @@
+// softmax_loss on the CPU: checks, memory and threads. The loops are in softmax_loss.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../arguments.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace recgrela {
+namespace {
+
+constexpr const char* kOp = "softmax_loss";
+constexpr int64_t kGroupRows = 256, kFewestRows = 64;
+constexpr int64_t kChunkScores = int64_t{1} << 24;  // 64 MiB of float32
+
+void check(const Tensor& hidden, const Tensor& table, const Tensor& targets, int64_t ignore_index,
+           bool exclude) {
+  const ScalarType dtype = hidden.scalar_type();
+  RECGRELA_CHECK(hidden.dim() == 2, kOp, ": hidden must have shape [T, width], got ",
+                 shape_text(hidden));
+  RECGRELA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp,
+                 ": hidden must have dtype float32 or float64, got ", dtype);
+  RECGRELA_CHECK(table.dim() == 2 && table.size(1) == hidden.size(1), kOp,
+                 ": table must have shape [N, ", hidden.size(1), "], got ", shape_text(table));
+  check_dense(kOp, "hidden", hidden, {hidden.size(0), hidden.size(1)}, dtype, hidden);
+  check_dense(kOp, "table", table, {table.size(0), table.size(1)}, dtype, hidden);
+  check_dense(kOp, "targets", targets, {hidden.size(0)}, ScalarType::Long, hidden);
+  RECGRELA_CHECK(!exclude || (ignore_index >= 0 && ignore_index < table.size(0)), kOp,
+                 ": ignore_index must be a row of table to be excluded, got ", ignore_index);
+}
+
+// The table's rows that are classes: one slice, with a row in its middle masked where it is none.
+struct Classes {
+  int64_t first, count, masked;
+};
+
+Classes find_classes(int64_t rows, bool exclude, int64_t excluded) {
+  if (!exclude) return {0, rows, -1};
+  if (excluded == 0) return {1, rows - 1, -1};
+  if (excluded == rows - 1) return {0, rows - 1, -1};
+  return {0, rows, excluded};
+}
+
+// Rows of hidden that have a target, and the class of each.
+void list_rows(const Tensor& targets, int64_t ignore_index, int64_t n_items, int64_t first,
+               std::vector<int64_t>& rows, std::vector<int64_t>& wanted) {
+  const int64_t* values = static_cast<const int64_t*>(targets.const_data_ptr());
+  for (int64_t t = 0; t < targets.numel(); ++t) {
+    if (values[t] == ignore_index) continue;
+    RECGRELA_CHECK(values[t] >= 0 && values[t] < n_items, kOp,
+                   ": targets must be below n_items=", n_items, ", got ", values[t]);
+    rows.push_back(t);
+    wanted.push_back(values[t] - first);
+  }
+}
+
+// Rows [count, from_width] to rows of to_width, zero behind them.
+void copy_rows(const void* from, int64_t from_width, void* to, int64_t to_width, int64_t count,
+               std::size_t element) {
+  const std::size_t bytes = std::size_t(std::min(from_width, to_width)) * element;
+  const std::size_t step = std::size_t(to_width) * element;
+  for (int64_t i = 0; i < count; ++i) {
+    char* row = static_cast<char*>(to) + std::size_t(i) * step;
+    std::memcpy(row, static_cast<const char*>(from) + std::size_t(i * from_width) * element, bytes);
+    std::memset(row + bytes, 0, step - bytes);
+  }
+}
+
+char* row_of(void* data, int64_t row, int64_t width, std::size_t element) {
+  return static_cast<char*>(data) + std::size_t(row * width) * element;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table, Tensor targets,
+                                                    int64_t ignore_index, bool exclude,
+                                                    bool gradients) {
+  check(hidden, table, targets, ignore_index, exclude);
+  const int64_t n_items = table.size(0), width = hidden.size(1);
+  const Classes classes = find_classes(n_items, exclude, ignore_index);
+  std::vector<int64_t> rows, wanted;
+  list_rows(targets, ignore_index, n_items, classes.first, rows, wanted);
+
+  SoftmaxLossParams p{};
+  p.is_double = hidden.scalar_type() == ScalarType::Double;
+  const std::size_t element = p.is_double ? sizeof(double) : sizeof(float);
+  const int64_t lanes = 64 / static_cast<int64_t>(element);
+  p.width = width;
+  p.class_stride = (width + lanes - 1) / lanes * lanes;
+  p.classes = classes.count;
+  p.masked = classes.masked;
+  p.num_rows = static_cast<int64_t>(rows.size());
+  p.rows = rows.data();
+  p.targets = wanted.data();
+  p.hidden = hidden.const_data_ptr();
+  std::vector<double> losses(rows.size());
+  p.losses = losses.data();
+
+  Tensor loss = torch::stable::new_empty(hidden, {});
+  Tensor grad_hidden = torch::stable::new_empty(hidden, {0});
+  Tensor grad_table = torch::stable::new_empty(hidden, {0});
+  Tensor padded_classes = grad_table, padded_gradient = grad_table;
+  const bool padded = p.class_stride != width;
+  const char* table_rows = static_cast<const char*>(table.const_data_ptr());
+  p.class_rows = table_rows + std::size_t(classes.first * width) * element;
+  if (padded) {
+    padded_classes = torch::stable::new_empty(hidden, {p.classes, p.class_stride});
+    copy_rows(p.class_rows, width, padded_classes.mutable_data_ptr(), p.class_stride, p.classes,
+              element);
+    p.class_rows = padded_classes.const_data_ptr();
+  }
+  if (gradients) {
+    grad_hidden = p.num_rows < hidden.size(0)
+                      ? torch::stable::new_zeros(hidden, {hidden.size(0), width})
+                      : torch::stable::new_empty(hidden, {hidden.size(0), width});
+    grad_table = p.num_rows == 0 ? torch::stable::new_zeros(table, {n_items, width})
+                                 : torch::stable::new_empty(table, {n_items, width});
+    p.grad_hidden = grad_hidden.mutable_data_ptr();
+    p.grad_classes = row_of(grad_table.mutable_data_ptr(), classes.first, width, element);
+    if (padded) {
+      padded_gradient = torch::stable::new_empty(hidden, {p.classes, p.class_stride});
+      p.grad_classes = padded_gradient.mutable_data_ptr();
+    }
+  }
+
+  const int64_t at_once = kChunkScores / std::max<int64_t>(n_items, 1) / kLossTile * kLossTile;
+  p.group_rows = std::clamp(at_once, kFewestRows, kGroupRows);
+  const int64_t busy = torch::stable::get_num_threads() * kLossTile;  // a tile for every thread
+  int64_t chunk = std::min((busy + p.group_rows - 1) / p.group_rows, at_once / p.group_rows);
+  chunk = std::min(std::max<int64_t>(chunk, 1) * p.group_rows,
+                   (p.num_rows + kLossTile - 1) / kLossTile * kLossTile);
+  Tensor scores = torch::stable::new_empty(hidden, {chunk * p.classes});
+  Tensor scaled = torch::stable::new_zeros(hidden, {chunk * p.class_stride});
+  p.scores = scores.mutable_data_ptr();
+  p.scaled = scaled.mutable_data_ptr();
+
+  const Kernels& level = kernels();
+  const int64_t tile = level.loss_tile_rows(p);
+  for (p.chunk_begin = 0; p.chunk_begin < p.num_rows; p.chunk_begin += chunk) {
+    p.chunk_end = std::min(p.chunk_begin + chunk, p.num_rows);
+    const int64_t tiles = (p.chunk_end - p.chunk_begin + tile - 1) / tile;
+    run_parallel(kOp, tiles, 1,
+                 [&](int64_t begin, int64_t end) { level.softmax_loss(p, begin, end); });
+    if (!gradients) continue;
+    constexpr int64_t kGrain = 48;  // classes, whole blocks
+    torch::stable::parallel_for(
+        0, (p.classes + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
+          level.softmax_class_gradients(p, begin * kGrain, std::min(end * kGrain, p.classes));
+        });
+  }
+
+  double total = 0.0;
+  for (double x : losses) total += x;
+  total /= static_cast<double>(std::max<int64_t>(p.num_rows, 1));
+  if (p.is_double) {
+    *static_cast<double*>(loss.mutable_data_ptr()) = total;
+  } else {
+    *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total);
+  }
+  if (gradients && p.num_rows > 0) {
+    if (padded) {
+      char* to = row_of(grad_table.mutable_data_ptr(), classes.first, width, element);
+      copy_rows(p.grad_classes, p.class_stride, to, width, p.classes, element);
+    }
+    if (exclude) {
+      std::memset(row_of(grad_table.mutable_data_ptr(), ignore_index, width, element), 0,
+                  std::size_t(width) * element);
+    }
+  }
+  return {loss, grad_hidden, grad_table};
+}
+
+}  // namespace recgrela
+
+STABLE_TORCH_LIBRARY_IMPL(recgrela, CPU, m) {
+  m.impl("softmax_loss", TORCH_BOX(&recgrela::softmax_loss_cpu));
+}
