@@ -117,7 +117,7 @@ def _cpu(options: argparse.Namespace) -> int:
         raise SystemExit(f"benchmarks: --threads must be at least 1, got {options.threads}")
     machine.require_operators()
     effort = timing.QUICK if options.quick else timing.FULL
-    facts = machine.describe()
+    facts = machine.describe() | {"freed_memory_kept": machine.keep_freed_memory()}
     counts = sorted({1, options.threads})
     nbytes = 12 * 2**20 if options.quick else 6 * max(facts["caches"].values(), default=2**25)
     try:

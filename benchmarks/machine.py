@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import os
@@ -42,6 +43,18 @@ def require_operators() -> None:
             "benchmarks: the compiled operators are absent: nothing to measure; build them into "
             "this folder with pip install -e . or make test"
         )
+
+
+def keep_freed_memory() -> bool:
+    """Freed memory stays with this process from now on; whether the C library can be told so.
+
+    glibc gives large tensors back to the system, which hands out zeroed pages at the next call.
+    That is a tenth of an operator's time, a quarter of an eager training step's, and changes with
+    what ran before; programs that run for long avoid it by a caching allocator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt and mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 def caches() -> dict[str, int]:

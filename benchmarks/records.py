@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.timing import Timing
 
+RESULTS_MIB = "the results alone, MiB"  # a value of a record of memory
+
 
 @dataclass
 class Target:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import duration
+from benchmarks.records import RESULTS_MIB, duration
 
 NOT_YET = "Not measured yet. `{command}` measures and writes these tables."
 COMMANDS = {"cpu": "python -m benchmarks cpu", "cuda": "make gpu"}
@@ -124,6 +124,10 @@ def _memory(records: list[dict[str, Any]]) -> str:
         used = record["memory"]
         cells = [f"{used[n] / 2**20:,.0f} MiB" if n in used else "" for n in labels]
         lines.append(_line([_what(record), *cells]))
+        results = record["values"].get(RESULTS_MIB)
+        if results is not None:
+            beyond = [f"{used[n] / 2**20 - results:,.0f} MiB" if n in used else "" for n in labels]
+            lines.append(_line([f"of it beyond the {results:,.0f} MiB of results", *beyond]))
     return "\n".join(lines)
 
 

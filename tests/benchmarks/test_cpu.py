@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import cpu, machine, peak, peers, readme, speed_tables
 from benchmarks.__main__ import main
-from benchmarks.records import Record, Target, describe, duration
+from benchmarks.records import RESULTS_MIB, Record, Target, describe, duration
 from benchmarks.timing import CpuClock, Effort, Timing, interleave
 from recgrela_ext import _library, ops
 
@@ -190,7 +190,8 @@ def test_records_and_tables(tmp_path: Path) -> None:
     assert "target: against other, at least 2: not measured" in text
     assert "target: growth, at most 1.1: 1.2: NOT MET" in text
 
-    memory = Record("m", "peak", "gated_rela", shape, memory={"ours": 2**20, "peer": 2**22})
+    memory = Record("m", "peak", "gated_rela", shape, memory={"ours": 2**20, "peer": 2**22},
+                    values={RESULTS_MIB: 1.0})  # fmt: skip
     content = {
         "device": "cpu", "commit": "abc", "date": "today", "threads": 2, "bandwidth": [],
         "machine": {"processor": "abacus", "torch": "2.13", "build": {"cpu_level": "avx2"}},
@@ -203,6 +204,7 @@ def test_records_and_tables(tmp_path: Path) -> None:
     assert "| against a peer | ≥ 10 | 15 | met |" in section
     assert "| growth | ≤ 1.1 | 1.2 | **not met** |" in section
     assert "| peak: B 1 L 2 H 3 D 4 | 1 MiB | 4 MiB |" in section
+    assert "| of it beyond the 1 MiB of results | 0 MiB | 3 MiB |" in section
     assert readme.SECTIONS["speed on a GPU"](tmp_path) == speed_tables.section([], "cuda")
 
 
