@@ -24,15 +24,17 @@ INPUTS = {
     "operators": "arguments of every operator, public and raw",
 }
 
+ENGINES = {"random": "random edits", "atheris": "coverage-guided"}
+
 
 def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
 def fuzz_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    engine = {"random": "random edits", "atheris": "coverage-guided"}[record["engine"]]
     since = number(record["runs_since_a_finding"])
-    tried = f"{number(record['runs'])} inputs, {engine}, {number(record['seconds'])} s"
+    engines = ", ".join(f"{number(n)} {ENGINES[name]}" for name, n in record["runs"].items())
+    tried = f"{engines}, {number(record['seconds'] / 60)} min"
     found = f"{len(record['findings'])} while it ran; none in the last {since}"
     return f"fuzzing: {INPUTS[record['target']]}", tried, found
 

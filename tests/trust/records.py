@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,10 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def commit() -> str:
+    """The commit checked out, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = FOLDER.parents[2]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
