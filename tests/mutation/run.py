@@ -52,12 +52,14 @@ TESTS = {  # cheapest first, but for the file's own
     "test_shapes": [],
 }
 LIKELY = {
-    "activation_dropout.h": "test_activation_dropout",
-    "gelu.h": "test_activation_dropout",
-    "topk_heap.h": "test_topk_scores",
-    "topk_scores.h": "test_topk_scores",
-    "encoder_step.h": "test_stream",
+    "activation_dropout.h": ("test_activation_dropout", "test_activation_dropout.py"),
+    "gelu.h": ("test_activation_dropout", "test_activation_dropout.py"),
+    "topk_heap.h": ("test_topk_scores", "test_topk_scores.py"),
+    "topk_scores.h": ("test_topk_scores", "test_topk_scores.py"),
+    "encoder_step.h": ("test_stream", "test_encoder_step.py"),
+    "gated_rela_step.h": ("test_kernels", "test_gated_rela_step.py"),
 }
+OTHERS = ("test_kernels", "test_gated_rela.py")
 SURVIVED = "survived"
 NONE = ("does not compile", "same machine code")  # no mutant
 CPU_SECONDS = 180  # of one test; a mutant that does not end is killed
@@ -208,7 +210,7 @@ class Bench:
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         raise NotImplementedError
 
-    def judge_survivor(self, tree: Path, changed: dict[str, Path]) -> str:
+    def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         """Tests that take minutes."""
         return SURVIVED
 
@@ -232,7 +234,7 @@ class Bench:
             if isinstance(changed, str):
                 return changed
             if survivor:
-                return self.judge_survivor(tree, changed)
+                return self.judge_survivor(tree, mutant, changed)
             return self.judge(tree, mutant, changed)
 
 
@@ -262,7 +264,7 @@ class CpuBench(Bench):
 
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         kernels, level = self.kernels(changed)
-        first = LIKELY.get(mutant.base)
+        first = LIKELY.get(mutant.base, OTHERS)[0]
         for name in sorted(TESTS, key=lambda test: test != first):
             link([self.object_of(name + ".cpp"), *kernels], tree / name)
             command = [str(tree / name), *TESTS[name]]
@@ -271,7 +273,7 @@ class CpuBench(Bench):
                 return found
         return SURVIVED
 
-    def judge_survivor(self, tree: Path, changed: dict[str, Path]) -> str:
+    def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         """tests/ops on a copy of the package with the mutant's library."""
         import torch
 
@@ -288,7 +290,10 @@ class CpuBench(Bench):
         options = ["-shared", f"-L{folder}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         link([*wrappers, *kernels], target, *options)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        chosen = ["tests/ops", "tests/trust/test_isolation.py", "tests/trust/test_extremes.py"]
+        first = LIKELY.get(mutant.base, OTHERS)[1]
+        files = sorted((ROOT / "tests/ops").glob("test_*.py"), key=lambda p: p.name != first)
+        chosen = [f"tests/ops/{path.name}" for path in files]
+        chosen += ["tests/trust/test_isolation.py", "tests/trust/test_extremes.py"]
         try:
             run = subprocess.run(
                 [*command, *chosen], cwd=tree, capture_output=True, text=True, timeout=2 * SECONDS,
