@@ -48,11 +48,15 @@ def requirement(torch: str) -> str:
     return "torch" if torch == "newest" else f"torch=={torch}"
 
 
-def uv(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tool = ROOT / "build/tools/bin/uv"
     program = str(tool) if tool.exists() else "uv"
     settings = {**os.environ, "UV_CACHE_DIR": str(WORK / "cache"), "RECGRELA_CUDA": "0"}
-    return run(program, *arguments, "-q", env=settings, **options)
+    try:
+        return run(program, *arguments, env=settings, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        print(error.stdout[-2000:], error.stderr[-2000:], sep="\n", flush=True)
+        raise
 
 
 def environment(python: str, name: str) -> Path:
@@ -64,11 +68,15 @@ def environment(python: str, name: str) -> Path:
 
 
 def build_wheel(python: Path, version: str) -> Path:
-    """For the Python of `python`, whose environment has a torch."""
-    folder = WORK / f"wheel-{version}"
-    shutil.rmtree(folder, ignore_errors=True)
+    """For the Python of `python`, whose environment has a torch; kept for this commit."""
+    folder = WORK / f"wheel-{version}-{records.commit()}"
+    if "dirty" not in folder.name and (built := list(folder.glob("*.whl"))):
+        return built[0]
     uv("pip", "install", "--python", python, "setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
-    uv("build", "--wheel", "--no-build-isolation", "--python", python, "-o", folder, ROOT)
+    source = WORK / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", ".*", "*.so"))
+    uv("build", "--wheel", "--no-build-isolation", "--python", python, "-o", folder, source)
     return next(folder.glob("*.whl"))
 
 

@@ -62,7 +62,7 @@ LIKELY = {
 OTHERS = ("test_kernels", "test_gated_rela.py")
 SURVIVED = "survived"
 NONE = ("does not compile", "same machine code")  # no mutant
-CPU_SECONDS = 180  # of one test; a mutant that does not end is killed
+CPU_SECONDS = {"cpu": 30, "cuda": 120}  # of one test; a mutant that does not end is killed
 SECONDS = 1800  # by the clock, against one that waits for ever
 MEMORY = 8 << 30
 
@@ -155,16 +155,12 @@ def link(objects: list[Path], target: Path, *options: str) -> None:
     subprocess.run(command, check=True)
 
 
-def limits() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def verdict(command: list[str], cwd: Path, what: str, **settings: str) -> str:
+def verdict(command: list[str], cwd: Path, what: str, seconds: int, **settings: str) -> str:
     """survived, or that `what` failed."""
 
     def limit() -> None:
-        limits()
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     try:
@@ -268,7 +264,7 @@ class CpuBench(Bench):
         for name in sorted(TESTS, key=lambda test: test != first):
             link([self.object_of(name + ".cpp"), *kernels], tree / name)
             command = [str(tree / name), *TESTS[name]]
-            found = verdict(command, tree, name, RECGRELA_CPU_LEVEL=level)
+            found = verdict(command, tree, name, CPU_SECONDS["cpu"], RECGRELA_CPU_LEVEL=level)
             if found != SURVIVED:
                 return found
         return SURVIVED
@@ -330,7 +326,8 @@ class CudaBench(Bench):
 
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         link([changed.get(x, self.object_of(x)) for x in self.units()], tree / "test_cuda")
-        return verdict([str(tree / "test_cuda"), "first"], tree, "test_cuda")
+        command = [str(tree / "test_cuda"), "first"]
+        return verdict(command, tree, "test_cuda", CPU_SECONDS["cuda"])
 
 
 BENCHES: dict[str, type[Bench]] = {"cpu": CpuBench, "cuda": CudaBench}
