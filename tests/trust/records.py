@@ -41,7 +41,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit checked out, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = FOLDER.parents[2]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    """The commit checked out, and whether sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        folder = FOLDER.parents[2]
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    changed = git("diff", "HEAD", "--name-only", "--", ":/", ":(exclude,top)tests/trust/results")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
