@@ -180,6 +180,7 @@ class Bench:
 
     kind: str
     flags: list[str]
+    one_is_all = False  # each object has the whole of a kernel, for another instruction set
 
     def __init__(self) -> None:
         digest = hashlib.sha256(repr((self.flags, compiler())).encode())
@@ -199,8 +200,8 @@ class Bench:
     def units(self) -> list[str]:
         raise NotImplementedError
 
-    def replaced(self, tree: Path, mutant: Mutant) -> dict[str, Path] | str:
-        """The objects that changed, by their source; or why there is no mutant."""
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
+        """The sources that a mutant's file is compiled in, those to be tried first in front."""
         raise NotImplementedError
 
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
@@ -224,33 +225,36 @@ class Bench:
     def run(self, mutant: Mutant, survivor: bool) -> str:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             tree = Path(name)
-            shutil.copytree(ROOT / "csrc", tree / "csrc")
+            for folder in ("csrc", "tests/cuda_shim"):
+                shutil.copytree(ROOT / folder, tree / folder)
             mutant.apply(tree / "csrc" / mutant.file)
-            changed = self.replaced(tree, mutant)
-            if isinstance(changed, str):
-                return changed
-            if survivor:
-                return self.judge_survivor(tree, mutant, changed)
-            return self.judge(tree, mutant, changed)
+            judge = self.judge_survivor if survivor else self.judge
+            changed: dict[str, Path] = {}
+            found = NONE[1]
+            for source in self.broken(tree, mutant):
+                target = self.compiled(tree, source)
+                if isinstance(target, str):
+                    return target
+                if target is not None:
+                    changed[source] = target
+                    if len(changed) == 1:  # one object is enough for most
+                        found = judge(tree, mutant, changed)
+                        if self.one_is_all or found != SURVIVED:
+                            return found
+            return judge(tree, mutant, changed) if len(changed) > 1 else found
 
 
 class CpuBench(Bench):
     kind, flags = "cpu", CPU_FLAGS
+    one_is_all = True
 
     def units(self) -> list[str]:
         kernels = [f"csrc/cpu/{name}.cpp" for name in ("levels", *(f"level_{x}" for x in LEVELS))]
         return [*kernels, *(f"tests/cpp/{name}.cpp" for name in TESTS)]
 
-    def replaced(self, tree: Path, mutant: Mutant) -> dict[str, Path] | str:
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
         names = ["levels"] if mutant.base == "levels.cpp" else [f"level_{x}" for x in LEVELS]
-        for name in names:
-            source = f"csrc/cpu/{name}.cpp"
-            target = self.compiled(tree, source)
-            if isinstance(target, str):
-                return target
-            if target is not None:
-                return {source: target}
-        return NONE[1]
+        return [f"csrc/cpu/{name}.cpp" for name in names]
 
     def kernels(self, changed: dict[str, Path]) -> tuple[list[Path], str]:
         """Objects, and the level that changed."""
@@ -310,19 +314,10 @@ class CudaBench(Bench):
         paths = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "tests/cuda_shim").glob("*.cpp")]
         return sorted(str(path.relative_to(ROOT)) for path in paths)
 
-    def replaced(self, tree: Path, mutant: Mutant) -> dict[str, Path] | str:
-        (tree / "tests").mkdir()
-        shutil.copytree(ROOT / "tests/cuda_shim", tree / "tests/cuda_shim")
-        found = {}
-        for source in self.units():
-            path = tree / source
-            if path.suffix == ".cu" and mutant.base in includes(path, path.parent):
-                target = self.compiled(tree, source)
-                if isinstance(target, str):
-                    return target
-                if target is not None:
-                    found[source] = target
-        return found or NONE[1]
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
+        units = [x for x in self.units() if x.endswith(".cu")]
+        found = [x for x in units if mutant.base in includes(tree / x, tree / "csrc/cuda")]
+        return sorted(found, key=lambda x: ("_d16." not in x, "_d64." not in x, x))
 
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         link([changed.get(x, self.object_of(x)) for x in self.units()], tree / "test_cuda")

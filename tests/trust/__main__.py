@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from tests.mutation.run import summary
 from tests.trust import records
 
 PAGE = records.FOLDER.parents[2] / "docs" / "trust.md"
@@ -49,15 +50,28 @@ def soak_row(record: dict[str, Any]) -> tuple[str, str, str]:
     return "soak: training, streaming, retrieval, saving", tried + ended, f"{found}, {slope}"
 
 
-def mutation_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    share = 100 * record["killed"] / record["mutants"]
-    told = f"{record['killed']} killed ({share:.1f} %), {record['explained']} survivors explained"
-    return "mutation of csrc/cpu", f"{record['mutants']} mutants", told
+def mutation_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for kind, what in (("cpu", "the CPU kernels"), ("cuda", "the CUDA kernels on the shim")):
+        of_kind = {n: x for n, x in record["outcomes"].items() if n.startswith(f"{kind}/")}
+        some = summary(of_kind)
+        if not some["mutants"]:
+            continue
+        left = some["mutants"] - some["explained"]
+        share = 100 * some["killed"] / left
+        told = f"{some['killed']} of {left} killed ({share:.1f} %)"
+        same = f"; {some['explained']} more are explained: no test can tell them"
+        rows.append((f"mutation of {what}", f"{some['mutants']} mutants", told + same))
+    return rows
 
 
 def matrix_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
-        (f"Python {name.split()[0]}, torch {cell['torch']}", "wheel, tests/ops", cell["summary"])
+        (
+            f"Python {name.split()[0]}, torch {cell['torch']}",
+            "wheel, tests/ops, torch's symbols",
+            f"{cell['summary']}; {len(cell['symbols_missing'])} symbols missing",
+        )
         for name, cell in record["cells"].items()
     ]
     symbols = record.get("symbols", {})
@@ -76,8 +90,10 @@ def rows() -> list[tuple[str, str, str]]:
         kind = record["kind"]
         if kind == "matrix":
             found += matrix_rows(record)
+        elif kind == "mutation":
+            found += mutation_rows(record)
         else:
-            makers = {"fuzz": fuzz_row, "soak": soak_row, "mutation": mutation_row}
+            makers = {"fuzz": fuzz_row, "soak": soak_row}
             found.append(makers.get(kind, other_row)(record))
     return found
 
