@@ -7,9 +7,9 @@
 A mutant is an arithmetic, comparison or logical operator that became another, or a number that is
 off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a fixed seed, so that a queue
 stopped anywhere goes on. A CPU mutant is compiled for one instruction set and meets the C++ tests,
-the likeliest first; those that live meet tests/ops in Python when the queue has ended. A CUDA
-mutant meets the shim's tests. One whose machine code is what it was before is no mutant, and
-another is drawn in its place.
+the likeliest first; those that live meet tests/ops in Python when the queue has ended, then the C++
+tests under the address and undefined-behaviour sanitizers. A CUDA mutant meets the shim's tests.
+One whose machine code is what it was before is no mutant, and another is drawn in its place.
 
 Outcomes are written to tests/trust/results/mutations.json; tests/mutation/explained.py says of a
 survivor why it is no gap.
@@ -145,7 +145,7 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def build(tree: Path, flags: list[str], source: str, target: Path) -> bool:
+def build(tree: Path, flags: tuple[str, ...], source: str, target: Path) -> bool:
     command = [compiler(), *flags, "-c", source, "-o", str(target)]
     return subprocess.run(command, cwd=tree, capture_output=True).returncode == 0
 
@@ -155,13 +155,15 @@ def link(objects: list[Path], target: Path, *options: str) -> None:
     subprocess.run(command, check=True)
 
 
-def verdict(command: list[str], cwd: Path, what: str, seconds: int, **settings: str) -> str:
+def verdict(
+    command: list[str], cwd: Path, what: str, seconds: int, memory: int = MEMORY, **settings: str
+) -> str:
     """survived, or that `what` failed."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
     try:
         run = subprocess.run(
@@ -179,7 +181,7 @@ class Bench:
     """Unbroken objects, kept under build/, and what a mutant replaces of them."""
 
     kind: str
-    flags: list[str]
+    flags: tuple[str, ...]
     one_is_all = False  # each object has the whole of a kernel, for another instruction set
 
     def __init__(self) -> None:
@@ -245,8 +247,10 @@ class Bench:
 
 
 class CpuBench(Bench):
-    kind, flags = "cpu", CPU_FLAGS
+    kind, flags = "cpu", tuple(CPU_FLAGS)
     one_is_all = True
+    link_flags: tuple[str, ...] = ()
+    seconds, memory, suffix = CPU_SECONDS["cpu"], MEMORY, ""
 
     def units(self) -> list[str]:
         kernels = [f"csrc/cpu/{name}.cpp" for name in ("levels", *(f"level_{x}" for x in LEVELS))]
@@ -266,14 +270,25 @@ class CpuBench(Bench):
         kernels, level = self.kernels(changed)
         first = LIKELY.get(mutant.base, OTHERS)[0]
         for name in sorted(TESTS, key=lambda test: test != first):
-            link([self.object_of(name + ".cpp"), *kernels], tree / name)
+            link([self.object_of(name + ".cpp"), *kernels], tree / name, *self.link_flags)
             command = [str(tree / name), *TESTS[name]]
-            found = verdict(command, tree, name, CPU_SECONDS["cpu"], RECGRELA_CPU_LEVEL=level)
+            what = name + self.suffix
+            found = verdict(
+                command, tree, what, self.seconds, self.memory, RECGRELA_CPU_LEVEL=level
+            )
             if found != SURVIVED:
                 return found
         return SURVIVED
 
     def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        found = self.in_python(tree, mutant, changed)
+        if found != SURVIVED:
+            return found
+        bench = SanitizedBench()
+        unbroken(bench)
+        return bench.run(mutant, survivor=False)
+
+    def in_python(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         """tests/ops on a copy of the package with the mutant's library."""
         import torch
 
@@ -307,8 +322,17 @@ class CpuBench(Bench):
         return f"killed by {failed[0]}" if failed else "killed by tests/ops (crash)"
 
 
+class SanitizedBench(CpuBench):
+    """The same C++ tests; what is read outside its memory changes no number."""
+
+    kind = "sanitized"
+    link_flags = ("-fsanitize=address,undefined",)
+    flags = (*CPU_FLAGS, *link_flags, "-fno-sanitize-recover=all")
+    seconds, memory, suffix = 5 * CPU_SECONDS["cpu"], resource.RLIM_INFINITY, ", sanitized"
+
+
 class CudaBench(Bench):
-    kind, flags = "cuda", SHIM_FLAGS
+    kind, flags = "cuda", tuple(SHIM_FLAGS)
 
     def units(self) -> list[str]:
         paths = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "tests/cuda_shim").glob("*.cpp")]
