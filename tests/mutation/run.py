@@ -1,8 +1,8 @@
 """Breaks the kernels in one place at a time; the tests must notice.
 
-    python -m tests.mutation.run --cpu 100 --cuda 40          # goes on where it was stopped
-    python -m tests.mutation.run --list --cpu 100 --cuda 40   # the places, nothing is run
-    python -m tests.mutation.run --again --cpu 100 --cuda 40  # survivors again, after a new test
+    python -m tests.mutation.run --cpu 60 --cuda 40          # goes on where it was stopped
+    python -m tests.mutation.run --list --cpu 60 --cuda 40   # the places, nothing is run
+    python -m tests.mutation.run --again --cpu 60 --cuda 40  # survivors again, after a new test
 
 A mutant is an arithmetic, comparison or logical operator that became another, or a number that is
 off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a fixed seed, so that a queue
@@ -11,7 +11,7 @@ the likeliest first; those that live meet tests/ops in Python when the queue has
 tests under the address and undefined-behaviour sanitizers. A CUDA mutant meets the shim's tests.
 One whose machine code is what it was before is no mutant, and another is drawn in its place.
 
-Outcomes are written to tests/trust/results/mutations.json; tests/mutation/explained.py says of a
+Outcomes are written to tests/trust/results/mutations-*.json; tests/mutation/explained.py says of a
 survivor why it is no gap.
 """
 
@@ -39,7 +39,6 @@ from tests.mutation.explained import EXPLAINED
 from tests.trust import records
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = records.FOLDER / "mutations.json"
 WORK = ROOT / "build/mutation"
 CPU_FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-fopenmp-simd", "-fno-math-errno"]
 CPU_FLAGS += ["-fno-trapping-math", "-Icsrc"]
@@ -376,56 +375,70 @@ def unbroken(bench: Bench) -> None:
     passed.touch()
 
 
+class Queue:
+    """One kind's places, in their order, and what became of them."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.out = records.FOLDER / f"mutations-{kind}.json"
+        earlier = records.read(self.out) if self.out.exists() else {}
+        self.outcomes: dict[str, dict[str, Any]] = earlier.get("outcomes", {})
+        self.bench: Bench | None = None
+
+    def go(self, count: int, again: bool) -> None:
+        before = {n for n, one in self.outcomes.items() if one["outcome"] == SURVIVED}
+        survivors = []
+        for mutant in shuffled(self.kind):
+            if not count:
+                break
+            if mutant.name not in self.outcomes or (again and mutant.name in before):
+                self.run(mutant, survivor=False)
+            one = self.outcomes[mutant.name]
+            count -= one["outcome"] not in NONE
+            if one["outcome"] == SURVIVED and not one["survivor_tests"]:
+                survivors.append(mutant)
+        for mutant in survivors:
+            if mutant.name not in EXPLAINED:
+                self.run(mutant, survivor=True)
+        self.write()
+        print(self.kind, summary(self.outcomes))
+
+    def run(self, mutant: Mutant, survivor: bool) -> None:
+        if self.bench is None:
+            self.bench = BENCHES[self.kind]()
+            unbroken(self.bench)
+        start, before = time.monotonic(), self.outcomes.get(mutant.name, {})
+        outcome = self.bench.run(mutant, survivor)
+        self.outcomes[mutant.name] = {
+            "outcome": outcome,
+            "commit": records.commit(),
+            "seconds": round(time.monotonic() - start) + before.get("seconds", 0),
+            "survivor_tests": survivor,
+        }
+        print(f"{mutant.name}: {outcome}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        for name, one in self.outcomes.items():
+            one.pop("why", None)
+            if one["outcome"] == SURVIVED and name in EXPLAINED:
+                one["why"] = EXPLAINED[name]
+        facts = {"kind": "mutation", **summary(self.outcomes), "versions": records.versions()}
+        records.write(self.out, {**facts, "outcomes": self.outcomes})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cpu", type=int, default=100, help="mutants of csrc/cpu")
+    parser.add_argument("--cpu", type=int, default=60, help="mutants of csrc/cpu")
     parser.add_argument("--cuda", type=int, default=40, help="mutants of csrc/cuda")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--again", action="store_true", help="survivors once more")
     options = parser.parse_args()
-    record = records.read(OUT) if OUT.exists() else {"kind": "mutation", "outcomes": {}}
-    outcomes = record["outcomes"]
-    again = {name for name, one in outcomes.items() if one["outcome"] == SURVIVED}
-    benches: dict[str, Bench] = {}
-
-    def run(mutant: Mutant, survivor: bool) -> None:
-        kind = mutant.file.partition("/")[0]
-        if kind not in benches:
-            benches[kind] = BENCHES[kind]()
-            unbroken(benches[kind])
-        start, before = time.monotonic(), outcomes.get(mutant.name, {})
-        one = {"outcome": benches[kind].run(mutant, survivor), "commit": records.commit()}
-        seconds = round(time.monotonic() - start) + before.get("seconds", 0)
-        outcomes[mutant.name] = {**one, "seconds": seconds, "survivor_tests": survivor}
-        print(f"{mutant.name}: {one['outcome']}", flush=True)
-        write()
-
-    def write() -> None:
-        for name, one in outcomes.items():
-            one.pop("why", None)
-            if one["outcome"] == SURVIVED and name in EXPLAINED:
-                one["why"] = EXPLAINED[name]
-        records.write(OUT, {**record, **summary(outcomes), "versions": records.versions()})
-
-    survivors = []
     for kind, count in {"cpu": options.cpu, "cuda": options.cuda}.items():
-        queue = shuffled(kind)
         if options.list:
-            print(*(mutant.name for mutant in queue[:count]), sep="\n")
-            continue
-        while count and queue:
-            mutant = queue.pop(0)
-            if mutant.name not in outcomes or (options.again and mutant.name in again):
-                run(mutant, survivor=False)
-            one = outcomes[mutant.name]
-            count -= one["outcome"] not in NONE
-            if one["outcome"] == SURVIVED and not one["survivor_tests"]:
-                survivors.append(mutant)
-    for mutant in survivors:
-        if mutant.name not in EXPLAINED:
-            run(mutant, survivor=True)
-    write()
-    print(summary(outcomes))
+            print(*(mutant.name for mutant in shuffled(kind)[:count]), sep="\n")
+        elif count:
+            Queue(kind).go(count, options.again)
     return 0
 
 
