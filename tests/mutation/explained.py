@@ -2,4 +2,18 @@
 
 from __future__ import annotations
 
-EXPLAINED: dict[str, str] = {}
+EXPLAINED: dict[str, str] = {
+    "cpu/gated_rela_backward.h:136:31 + -> - | prefetch_row<true>(dk.row(t + c.ahead), c.D);": (
+        "a hint to the cache: it changes no value and cannot fault"
+    ),
+    "cpu/encoder_step.h:44:46 == -> != | constexpr int kShare = RECGRELA_VECTOR_BYTES == 64 ? 4 : "
+    "2;  // users to a weight in a register": (
+        "how many users share a load of a weight: each user's sum keeps its order, so its bits"
+    ),
+    "cpu/encoder_step.h:65:13 == -> != | if (users == 1) tiles(std::integral_constant<int, 1>{}, "
+    "std::integral_constant<int, 8>{});": (
+        "which width of tile goes first: a column's sum is in the same order in every one"
+    ),
+    "cpu/gated_rela_step.h:44:33 <= -> < | for (; j + kVectors * kLanes<A> <= D; j += kVectors * "
+    "kLanes<A>) {": ("the last columns fall to the narrower tile behind it, with the same sums"),
+}
