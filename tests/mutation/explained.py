@@ -15,5 +15,7 @@ EXPLAINED: dict[str, str] = {
         "which width of tile goes first: a column's sum is in the same order in every one"
     ),
     "cpu/gated_rela_step.h:44:33 <= -> < | for (; j + kVectors * kLanes<A> <= D; j += kVectors * "
-    "kLanes<A>) {": ("the last columns fall to the narrower tile behind it, with the same sums"),
+    "kLanes<A>) {": (
+        "the last columns fall to the narrower tile or the plain loop behind it: the same sums"
+    ),
 }

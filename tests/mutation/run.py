@@ -292,7 +292,7 @@ class CpuBench(Bench):
         import torch
 
         shutil.copytree(ROOT / "recgrela_ext", tree / "recgrela_ext")
-        shutil.copytree(ROOT / "tests", tree / "tests")
+        shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
         shutil.copy(ROOT / "pyproject.toml", tree)
         native = ROOT / "build/native/csrc"
         wrappers = sorted([*native.glob("*.o"), *native.glob("cpu/*.o")])
