@@ -7,9 +7,10 @@
 A mutant is an arithmetic, comparison or logical operator that became another, or a number that is
 off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a fixed seed, so that a queue
 stopped anywhere goes on. A CPU mutant is compiled for one instruction set and meets the C++ tests,
-the likeliest first; those that live meet tests/ops in Python when the queue has ended, then the C++
-tests under the address and undefined-behaviour sanitizers. A CUDA mutant meets the shim's tests.
-One whose machine code is what it was before is no mutant, and another is drawn in its place.
+the likeliest first; those that live meet the operator's tests in Python when the queue has ended,
+the C++ tests under the address and undefined-behaviour sanitizers, and all of tests/ops. A CUDA
+mutant meets the shim's tests. One whose machine code is what it was before is no mutant, and
+another is drawn in its place.
 
 Outcomes are written to tests/trust/results/mutations-*.json; tests/mutation/explained.py says of a
 survivor why it is no gap.
@@ -280,18 +281,21 @@ class CpuBench(Bench):
         return SURVIVED
 
     def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
-        found = self.in_python(tree, mutant, changed)
-        if found != SURVIVED:
-            return found
-        bench = SanitizedBench()
-        unbroken(bench)
-        return bench.run(mutant, survivor=False)
+        first = ROOT / "tests/ops" / LIKELY.get(mutant.base, OTHERS)[1]
+        others = sorted(path for path in first.parent.glob("test_*.py") if path != first)
+        others += [ROOT / f"tests/trust/test_{name}.py" for name in ("isolation", "extremes")]
+        found = self.in_python(tree, [first], changed)
+        if found == SURVIVED:
+            bench = SanitizedBench()
+            unbroken(bench)
+            found = bench.run(mutant, survivor=False)
+        return found if found != SURVIVED else self.in_python(tree, others, changed)
 
-    def in_python(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
-        """tests/ops on a copy of the package with the mutant's library."""
+    def in_python(self, tree: Path, tests: list[Path], changed: dict[str, Path]) -> str:
+        """Tests on a copy of the package with the mutant's library."""
         import torch
 
-        shutil.copytree(ROOT / "recgrela_ext", tree / "recgrela_ext")
+        shutil.copytree(ROOT / "recgrela_ext", tree / "recgrela_ext", dirs_exist_ok=True)
         shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
         shutil.copy(ROOT / "pyproject.toml", tree)
         native = ROOT / "build/native/csrc"
@@ -304,10 +308,7 @@ class CpuBench(Bench):
         options = ["-shared", f"-L{folder}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         link([*wrappers, *kernels], target, *options)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        first = LIKELY.get(mutant.base, OTHERS)[1]
-        files = sorted((ROOT / "tests/ops").glob("test_*.py"), key=lambda p: p.name != first)
-        chosen = [f"tests/ops/{path.name}" for path in files]
-        chosen += ["tests/trust/test_isolation.py", "tests/trust/test_extremes.py"]
+        chosen = [str(path.relative_to(ROOT)) for path in tests]
         try:
             run = subprocess.run(
                 [*command, *chosen], cwd=tree, capture_output=True, text=True, timeout=2 * SECONDS,
