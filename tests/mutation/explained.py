@@ -18,4 +18,6 @@ EXPLAINED: dict[str, str] = {
     "kLanes<A>) {": (
         "the last columns fall to the narrower tile or the plain loop behind it: the same sums"
     ),
+    "cuda/forward_wide.cuh:221:32 > -> >= | const int64_t parts = segments > 1 ? units * "
+    "(D * D + D) : 0;": "memory that nothing reads is asked for as well where there is one segment",
 }
