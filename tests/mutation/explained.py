@@ -20,4 +20,6 @@ EXPLAINED: dict[str, str] = {
     ),
     "cuda/forward_wide.cuh:221:32 > -> >= | const int64_t parts = segments > 1 ? units * "
     "(D * D + D) : 0;": "memory that nothing reads is asked for as well where there is one segment",
+    "cpu/simd.h:93:75 > -> >= | RECGRELA_INLINE Vec<double> larger(Vec<double> x, Vec<double> y) "
+    "{ return x > y ? x : y; }": "tells +0 from -0 alone, a sign that no formula here keeps",
 }

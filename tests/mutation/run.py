@@ -398,7 +398,7 @@ class Queue:
             count -= one["outcome"] not in NONE
             if one["outcome"] == SURVIVED and not one["survivor_tests"]:
                 survivors.append(mutant)
-        for mutant in survivors:
+        for mutant in sorted(survivors, key=lambda x: x.base not in LIKELY):  # cheap ones first
             if mutant.name not in EXPLAINED:
                 self.run(mutant, survivor=True)
         self.write()
