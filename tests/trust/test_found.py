@@ -233,3 +233,12 @@ def test_active_on_another_device() -> None:
     text = "^gated_rela_step: active must be on the device of q, cpu, got meta$"
     with pytest.raises(ValueError, match=text):
         ops.gated_rela_step(*rows, *parameters, state, 1e-6, active)
+
+
+def test_parquet_error_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1" + bytes(8) + b"PAR1")
+    with pytest.raises(DataError) as caught:
+        Interactions.from_file(path, progress=False)
+    assert "\n" not in str(caught.value)
