@@ -10,6 +10,9 @@ CREATED := $(VENV)/pyvenv.cfg
 TORCH_READY := $(VENV)/stamp-$(subst =,-,$(TORCH))
 INSTALLED := $(VENV)/stamp-installed
 DEV_READY := $(VENV)/stamp-dev
+TOOLS := build/tools
+# CI takes only files it knows by their hash. But for torch: which file that is depends on the index.
+PINNED := $(if $(CI),$(PIP) install -q --require-hashes --no-deps -r .ci/requirements.txt,@true)
 BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 	$(shell find build_backend csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -17,7 +20,7 @@ BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 STACKS := recbole rectools replay torchrec hub
 STACK_ENV := build/integrations
 
-.PHONY: fuzz matrix audit sbom test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
+.PHONY: fuzz matrix audit sbom pins test ctest demo lint format clean gpu gpu-ready gpu-build gpu-test gpu-sanitize gpu-bench \
 	test-integrations test-distributed $(STACKS:%=test-%)
 
 test: $(INSTALLED) ctest
@@ -57,20 +60,29 @@ fuzz: $(INSTALLED)
 	  print("" if u.find_spec("atheris") else "--random")') || exit 1; done
 
 # A wheel per Python, the operator suite on each torch; downloads every torch there is.
-matrix: $(INSTALLED)
+matrix: $(TOOLS)/stamp $(INSTALLED)
 	$(BIN)/python -m tests.matrix $(MATRIX)
 
-# What is installed, checked against known weaknesses; its list.
-TOOLS := build/tools
-$(TOOLS)/stamp:
+# What is installed, checked against known weaknesses: fails as well where a package could not be
+# looked up. Then its list.
+$(TOOLS)/stamp: .ci/tools.txt
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install -q pip-audit cyclonedx-bom
+	$(TOOLS)/bin/python -m pip install -q --require-hashes -r .ci/tools.txt
 	@touch $@
 audit: $(TOOLS)/stamp $(INSTALLED)
-	$(PIP) freeze --exclude-editable >build/installed.txt
-	$(TOOLS)/bin/pip-audit -r build/installed.txt --no-deps --disable-pip
+	$(PIP) freeze --exclude-editable | sed 's/+.*//' >build/installed.txt
+	$(TOOLS)/bin/pip-audit --strict -r build/installed.txt --no-deps --disable-pip
 sbom: $(TOOLS)/stamp $(INSTALLED)
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml -o build/sbom.json $(BIN)/python
+
+# The versions and hashes that CI installs, anew.
+LOCK := $(TOOLS)/bin/uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header \
+	--no-annotate --upgrade
+pins: $(TOOLS)/stamp
+	echo torch >build/excluded.txt
+	$(LOCK) --excludes build/excluded.txt --extra dev --extra service pyproject.toml \
+	  -o .ci/requirements.txt
+	$(LOCK) .ci/tools.in -o .ci/tools.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recgrela_ext.demo $(if $(DATA),--data "$(DATA)")
@@ -130,7 +142,8 @@ $(TORCH_READY): $(CREATED)
 	$(PIP) install -q "$(TORCH)"
 	@touch $@
 
-$(INSTALLED): $(TORCH_READY) $(BUILD_INPUTS)
+$(INSTALLED): $(TORCH_READY) $(BUILD_INPUTS) $(wildcard .ci/requirements.txt)
+	$(PINNED)
 	$(PIP) install -q -e '.[test]'
 	@touch $@
 

@@ -160,7 +160,8 @@ def _parquet_columns(path: Path) -> tuple[str, ...]:
     try:
         return tuple(parquet.read_schema(path).names)
     except (OSError, ValueError) as error:
-        raise DataError(f"from_file: {path} must be a Parquet file, got {error}") from None
+        found = " ".join(str(error).split())  # pyarrow ends some of its words with a new line
+        raise DataError(f"from_file: {path} must be a Parquet file, got {found}") from None
 
 
 def _choose(

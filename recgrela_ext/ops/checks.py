@@ -32,7 +32,7 @@ def _shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) ->
         )
 
 
-def _same_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
+def check_same_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {x.device}")
 
@@ -62,7 +62,7 @@ def check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, di
             )
         if x.dtype != q.dtype:
             raise ValueError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        _same_device(op, name, x, q)
+        check_same_device(op, name, x, q)
         if x.numel() and x.stride(-1) != 1:
             raise ValueError(
                 f"{op}: {name} must have a contiguous last dimension, got stride {x.stride(-1)}"
@@ -83,7 +83,7 @@ def check_parameters(
     if inv_freq.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}")
     _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
-    _same_device(op, "inv_freq", inv_freq, q)
+    check_same_device(op, "inv_freq", inv_freq, q)
     whole = isinstance(eps, int) and eps < 2**63  # torch takes no larger one
     if not ((isinstance(eps, float) or whole) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
@@ -103,7 +103,7 @@ def check_parameters(
         check_tensor(op, name, x)
         if x.dtype not in FLOATING:
             raise ValueError(f"{op}: {name} must have a floating dtype, got {x.dtype}")
-        _same_device(op, name, x, q)
+        check_same_device(op, name, x, q)
     if conv_bias is not None:
         _shape(op, "conv_bias", conv_bias, (H * D,), "[H*D]")
     return conv_weight.shape[1]
@@ -129,7 +129,7 @@ def check_state(op: str, name: str, state: Any, q: Tensor, B: int, width: int) -
         _shape(op, label, x, shape, words)
         if x.dtype != dtype:
             raise ValueError(f"{op}: {label} must have dtype {dtype}, got {x.dtype}")
-        _same_device(op, label, x, q)
+        check_same_device(op, label, x, q)
 
 
 def check_sequence(
@@ -163,7 +163,7 @@ def check_sequence(
         check_tensor(op, name, x)
         if x.dtype not in INTEGERS:
             raise ValueError(f"{op}: {name} must have dtype int64 or int32, got {x.dtype}")
-        _same_device(op, name, x, q)
+        check_same_device(op, name, x, q)
     if lengths is not None:
         _shape(op, "lengths", lengths, (B,), "[B]")
     if cu_seqlens is not None:

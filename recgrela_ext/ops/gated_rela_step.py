@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .autocast import cast_rows, full_precision
-from .checks import check_parameters, check_rows, check_state, check_tensor
+from .checks import check_parameters, check_rows, check_same_device, check_state, check_tensor
 from .gated_rela import forward_mode, needs_gradient
 from .reference import State, accumulate_dtype
 
@@ -53,6 +53,7 @@ def gated_rela_step(
     check_state("gated_rela_step", "state", state, q, q.shape[0], width)
     if active is not None:
         check_tensor("gated_rela_step", "active", active)
+        check_same_device("gated_rela_step", "active", active, q)
     if active is not None and (active.shape != q.shape[:1] or active.dtype != torch.bool):
         raise ValueError(
             f"gated_rela_step: active must be a bool tensor of shape [B] = [{q.shape[0]}], "

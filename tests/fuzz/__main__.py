@@ -30,6 +30,7 @@ from tests.trust import records
 
 MEMORY = 12 << 30  # bytes of address space: a file must not ask for more and get it
 LONGEST = 20.0  # seconds one input may take
+WRITE_EVERY = 60.0  # seconds between two states of the record
 
 
 class Counted:
@@ -39,8 +40,10 @@ class Counted:
         self.name, self.seconds, self.out, self.engine = name, seconds, out, engine
         self.folder = tempfile.TemporaryDirectory(prefix="recgrela-fuzz-", dir=fast_folder())
         self.target = targets.make(name, Path(self.folder.name))
-        self.runs, self.start, self.slowest = 0, time.monotonic(), 0.0
-        self.found: str | None = None
+        self.earlier: dict[str, Any] = records.read(out) if out.exists() else {}
+        self.versions = {**records.versions(), "commit": records.commit()}
+        self.runs, self.slowest, self.found = 0, 0.0, ""
+        self.start = self.written = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
         self.runs += 1
@@ -50,10 +53,14 @@ class Counted:
             took = time.process_time() - worked  # a busy machine is no finding
             self.slowest = max(self.slowest, took)
             assert took < LONGEST, f"one input took {took:.0f} s"
-        except BaseException:
-            self.found = self.keep(data)
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):
+                self.found = self.keep(data)
             self.write()
             raise
+        if begin - self.written > WRITE_EVERY:
+            self.write()
+            self.written = begin
         if self.seconds and begin - self.start > self.seconds:
             self.finish()
             os._exit(0)
@@ -66,29 +73,29 @@ class Counted:
         return place.name
 
     def write(self) -> None:
-        seconds = time.monotonic() - self.start
-        earlier = records.read(self.out) if self.out.exists() else {}
+        """What earlier runs did and this one so far."""
+        earlier = self.earlier
+        before = earlier.get("runs", {})
+        runs = {**before, self.engine: before.get(self.engine, 0) + self.runs}
+        since = earlier.get("runs_since_a_finding", 0) + self.runs
+        seconds = earlier.get("seconds", 0.0) + time.monotonic() - self.start
         record = {
             "kind": "fuzz",
             "target": self.name,
-            "engine": self.engine,
-            "runs": self.runs + earlier.get("runs", 0),
-            "runs_since_a_finding": 0 if self.found else self.runs + earlier.get(
-                "runs_since_a_finding", 0
-            ),
-            "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
+            "runs": runs,
+            "runs_since_a_finding": 0 if self.found else since,
+            "seconds": round(seconds, 1),
             "slowest_seconds": round(max(self.slowest, earlier.get("slowest_seconds", 0.0)), 3),
             "findings": [*earlier.get("findings", []), *([self.found] if self.found else [])],
-            "versions": records.versions(),
-        }  # fmt: skip
+            "versions": self.versions,
+        }
         records.write(self.out, record)
 
     def finish(self) -> None:
-        """Writes the record once, also where libFuzzer ends the process."""
-        if self.found is None and self.runs:
+        """Writes the record, also where libFuzzer ends the process."""
+        if not self.found:
             self.write()
-            print(f"{self.name}: {self.runs} runs, nothing found")
-        self.runs = 0
+            print(f"{self.name}: {self.runs} runs, nothing found", flush=True)
         self.folder.cleanup()
 
 
@@ -106,7 +113,13 @@ def guided(counted: Counted, runs: int, flags: list[str]) -> None:
     for place in (corpus, grown):
         place.mkdir(parents=True, exist_ok=True)
     # New inputs go into the first folder, failing and slow ones beside it: outside the repository.
-    options = [f"-runs={runs}", "-max_len=2048", "-timeout=60", "-rss_limit_mb=4096"]
+    options = [
+        f"-runs={runs}",
+        "-max_len=512",
+        "-len_control=0",
+        "-timeout=300",
+        "-rss_limit_mb=4096",
+    ]
     options.append(f"-artifact_prefix={grown}-")
     atheris.Setup([sys.argv[0], *options, *flags, str(grown), str(corpus)], counted)
     atexit.register(counted.finish)

@@ -1,37 +1,50 @@
-"""Breaks the CPU kernels in one place at a time; the C++ tests must notice.
+"""Breaks the kernels in one place at a time; the tests must notice.
 
-    python -m tests.mutation.run --count 120          # goes on where it was stopped
-    python -m tests.mutation.run --list --count 120   # the places, nothing is run
-    python -m tests.mutation.run --again              # survivors once more, after a new test
+    python -m tests.mutation.run --cpu 60 --cuda 40          # goes on where it was stopped
+    python -m tests.mutation.run --list --cpu 60 --cuda 40   # the places, nothing is run
+    python -m tests.mutation.run --again --cpu 60 --cuda 40  # survivors again, after a new test
 
-A mutant is an arithmetic, comparison or logical operator of csrc/cpu that became another, or a
-number that is off by one. The places are drawn from all of them by a fixed seed, so that a queue
-stopped anywhere goes on. Each mutant costs one compilation at -O1 and the C++ tests. Outcomes are
-written to tests/trust/results/mutations-cpu.json; `EXPLAINED` says why a survivor is no gap.
+A mutant is an arithmetic, comparison or logical operator that became another, or a number that is
+off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a fixed seed, so that a queue
+stopped anywhere goes on. A CPU mutant is compiled for one instruction set and meets the C++ tests,
+the likeliest first; those that live meet the operator's tests in Python when the queue has ended,
+the C++ tests under the address and undefined-behaviour sanitizers, and all of tests/ops. A CUDA
+mutant meets the shim's tests. One whose machine code is what it was before is no mutant, and
+another is drawn in its place.
+
+Outcomes are written to tests/trust/results/mutations-*.json; tests/mutation/explained.py says of a
+survivor why it is no gap.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 import re
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.cuda_shim.mutations import FLAGS as SHIM_FLAGS
+from tests.cuda_shim.mutations import includes
+from tests.mutation.explained import EXPLAINED
 from tests.trust import records
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = records.FOLDER / "mutations-cpu.json"
-FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-fopenmp-simd", "-fno-math-errno"]
-FLAGS += ["-fno-trapping-math", "-Icsrc"]
-LEVEL = "avx2"
-TESTS = {  # cheapest first
+WORK = ROOT / "build/mutation"
+CPU_FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-fopenmp-simd", "-fno-math-errno"]
+CPU_FLAGS += ["-fno-trapping-math", "-Icsrc"]
+LEVELS = ("avx2", "avx512", "baseline")  # the first whose code a mutant changes is tested
+TESTS = {  # cheapest first, but for the file's own
     "test_kernels": [],
     "test_activation_dropout": [],
     "test_tiles": [],
@@ -39,10 +52,24 @@ TESTS = {  # cheapest first
     "test_stream": ["2000"],
     "test_shapes": [],
 }
-CPU_SECONDS = 120  # of a test; a mutant that does not end is killed
+LIKELY = {
+    "activation_dropout.h": ("test_activation_dropout", "test_activation_dropout.py"),
+    "gelu.h": ("test_activation_dropout", "test_activation_dropout.py"),
+    "topk_heap.h": ("test_topk_scores", "test_topk_scores.py"),
+    "topk_scores.h": ("test_topk_scores", "test_topk_scores.py"),
+    "encoder_step.h": ("test_stream", "test_encoder_step.py"),
+    "gated_rela_step.h": ("test_kernels", "test_gated_rela_step.py"),
+}
+OTHERS = ("test_kernels", "test_gated_rela.py")
+SURVIVED = "survived"
+NONE = ("does not compile", "same machine code")  # no mutant
+CPU_SECONDS = {"cpu": 30, "cuda": 120}  # of one test; a mutant that does not end is killed
+SECONDS = 1800  # by the clock, against one that waits for ever
+MEMORY = 8 << 30
 
-# Files whose code every level compiles, and those that are compiled once.
+# Files that no kernel is in.
 SKIPPED = {"kernels.h", "level.h", "level_headers.h", "parallel.h", "tensor_params.h"}
+SKIPPED |= {"mma_probe.cu", "params.h", "run.h", "stream.h"}
 CHANGES: list[tuple[str, str]] = [
     (" + ", " - "),
     (" - ", " + "),
@@ -67,29 +94,35 @@ CHANGES: list[tuple[str, str]] = [
 
 @dataclass(frozen=True)
 class Mutant:
-    file: str
+    file: str  # under csrc
     line: int  # from 1
     column: int
     old: str
     new: str
+    text: str  # the line as it is; part of the name, since the source moves on
 
     @property
     def name(self) -> str:
-        return f"{self.file}:{self.line}:{self.column} {self.old.strip()} -> {self.new.strip()}"
+        place = f"{self.file}:{self.line}:{self.column}"
+        return f"{place} {self.old.strip()} -> {self.new.strip()} | {self.text.strip()}"
 
-    def source(self, text: str) -> str:
-        lines = text.splitlines(keepends=True)
-        line = lines[self.line - 1]
-        end = self.column + len(self.old)
+    @property
+    def base(self) -> str:
+        return self.file.partition("/")[2]
+
+    def apply(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        line, end = lines[self.line - 1], self.column + len(self.old)
         assert line[self.column : end] == self.old
         lines[self.line - 1] = line[: self.column] + self.new + line[end:]
-        return "".join(lines)
+        path.write_text("".join(lines), encoding="utf-8")
 
 
-def places() -> list[Mutant]:
-    """Every mutant there could be, in the order of the files."""
-    found = []
-    for path in [*sorted((ROOT / "csrc/cpu").glob("*.h")), ROOT / "csrc/cpu/levels.cpp"]:
+def places(kind: str) -> list[Mutant]:
+    """Every mutant there could be of csrc/cpu or csrc/cuda, in the order of the files."""
+    folder, found = ROOT / "csrc" / kind, []
+    paths = [*folder.glob("*.h"), *folder.glob("*.cu*"), *folder.glob("levels.cpp")]
+    for path in sorted(paths):
         if path.name in SKIPPED:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -98,121 +131,317 @@ def places() -> list[Mutant]:
                 continue
             for old, new in CHANGES:
                 for hit in re.finditer(re.escape(old), code):
-                    found.append(Mutant(path.name, number, hit.start(), old, new))
+                    file = f"{kind}/{path.name}"
+                    found.append(Mutant(file, number, hit.start(), old, new, line))
     return found
 
 
-def chosen(count: int) -> list[Mutant]:
-    everything = places()
+def shuffled(kind: str) -> list[Mutant]:
+    everything = places(kind)
     random.Random(0).shuffle(everything)
-    return everything[:count]
+    return everything
 
 
 def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def build(tree: Path, source: str, target: Path) -> bool:
-    command = [compiler(), *FLAGS, "-c", source, "-o", str(target)]
+def build(tree: Path, flags: tuple[str, ...], source: str, target: Path) -> bool:
+    command = [compiler(), *flags, "-c", source, "-o", str(target)]
     return subprocess.run(command, cwd=tree, capture_output=True).returncode == 0
 
 
+def link(objects: list[Path], target: Path, *options: str) -> None:
+    command = [compiler(), *map(str, objects), *options, "-pthread", "-o", str(target)]
+    subprocess.run(command, check=True)
+
+
+def verdict(
+    command: list[str], cwd: Path, what: str, seconds: int, memory: int = MEMORY, **settings: str
+) -> str:
+    """survived, or that `what` failed."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    try:
+        run = subprocess.run(
+            command, cwd=cwd, capture_output=True, timeout=SECONDS,
+            env={**os.environ, **settings}, preexec_fn=limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"killed by {what} (never ended)"
+    if run.returncode == 0:
+        return SURVIVED
+    return f"killed by {what}" + (" (crash)" if run.returncode < 0 else "")
+
+
 class Bench:
-    """Unbroken objects, and what a mutant replaces of them."""
+    """Unbroken objects, kept under build/, and what a mutant replaces of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        sources = ["levels", "level_baseline", "level_avx512", f"level_{LEVEL}"]
-        self.objects = {name: folder / f"{name}.o" for name in sources}
-        for name, target in self.objects.items():
-            assert build(ROOT, f"csrc/cpu/{name}.cpp", target), f"{name} must compile"
-        for name in TESTS:
-            assert build(ROOT, f"tests/cpp/{name}.cpp", folder / f"{name}.o"), name
+    kind: str
+    flags: tuple[str, ...]
+    one_is_all = False  # each object has the whole of a kernel, for another instruction set
 
-    def outcome(self, objects: dict[str, Path], tree: Path) -> str:
-        """survived, or the test that failed."""
-        for name, arguments in TESTS.items():
-            program = tree / name
-            linked = [str(self.folder / f"{name}.o"), *map(str, objects.values())]
-            command = [compiler(), *linked, "-pthread", "-o", str(program)]
-            subprocess.run(command, check=True)
-            limit = (resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-            run = subprocess.run(
-                [str(program), *arguments],
-                capture_output=True,
-                env={**os.environ, "RECGRELA_CPU_LEVEL": LEVEL},
-                preexec_fn=lambda: resource.setrlimit(*limit),  # noqa: B023
-            )
-            program.unlink()
-            if run.returncode != 0:
-                return f"killed by {name}" + (" (crash)" if run.returncode < 0 else "")
-        return "survived"
+    def __init__(self) -> None:
+        digest = hashlib.sha256(repr((self.flags, compiler())).encode())
+        for path in sorted(self.sources()):
+            digest.update(path.read_bytes())
+        self.folder = WORK / f"{self.kind}-{digest.hexdigest()[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for source in self.units():
+            target = self.object_of(source)
+            if not target.exists():
+                assert build(ROOT, self.flags, source, target), f"{source} must compile"
 
-    def run(self, mutant: Mutant) -> str:
+    def sources(self) -> Iterator[Path]:
+        for folder in ("csrc", "tests/cpp", "tests/cuda_shim"):
+            yield from (p for p in (ROOT / folder).rglob("*") if p.suffix != ".pyc" and p.is_file())
+
+    def units(self) -> list[str]:
+        raise NotImplementedError
+
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
+        """The sources that a mutant's file is compiled in, those to be tried first in front."""
+        raise NotImplementedError
+
+    def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        raise NotImplementedError
+
+    def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        """Tests that take minutes."""
+        return SURVIVED
+
+    def object_of(self, source: str) -> Path:
+        return self.folder / f"{Path(source).name}.o"
+
+    def compiled(self, tree: Path, source: str) -> Path | str | None:
+        """The mutant's object, None where it is what it was, or the word for a failure."""
+        target = tree / f"{Path(source).name}.o"
+        if not build(tree, self.flags, source, target):
+            return NONE[0]
+        same = target.read_bytes() == self.object_of(source).read_bytes()
+        return None if same else target
+
+    def run(self, mutant: Mutant, survivor: bool) -> str:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             tree = Path(name)
-            shutil.copytree(ROOT / "csrc/cpu", tree / "csrc/cpu")
-            path = tree / "csrc/cpu" / mutant.file
-            path.write_text(mutant.source(path.read_text(encoding="utf-8")), encoding="utf-8")
-            broken = "levels" if mutant.file == "levels.cpp" else f"level_{LEVEL}"
-            target = tree / f"{broken}.o"
-            if not build(tree, f"csrc/cpu/{broken}.cpp", target):
-                return "does not compile"
-            return self.outcome({**self.objects, broken: target}, tree)
+            for folder in ("csrc", "tests/cuda_shim"):
+                shutil.copytree(ROOT / folder, tree / folder)
+            mutant.apply(tree / "csrc" / mutant.file)
+            judge = self.judge_survivor if survivor else self.judge
+            changed: dict[str, Path] = {}
+            found = NONE[1]
+            for source in self.broken(tree, mutant):
+                target = self.compiled(tree, source)
+                if isinstance(target, str):
+                    return target
+                if target is not None:
+                    changed[source] = target
+                    if len(changed) == 1:  # one object is enough for most
+                        found = judge(tree, mutant, changed)
+                        if self.one_is_all or found != SURVIVED:
+                            return found
+            return judge(tree, mutant, changed) if len(changed) > 1 else found
 
 
-# Survivors that no test can tell, by the text of their line; each was looked at.
-EXPLAINED: dict[str, str] = {}
+class CpuBench(Bench):
+    kind, flags = "cpu", tuple(CPU_FLAGS)
+    one_is_all = True
+    link_flags: tuple[str, ...] = ()
+    seconds, memory, suffix = CPU_SECONDS["cpu"], MEMORY, ""
+
+    def units(self) -> list[str]:
+        kernels = [f"csrc/cpu/{name}.cpp" for name in ("levels", *(f"level_{x}" for x in LEVELS))]
+        return [*kernels, *(f"tests/cpp/{name}.cpp" for name in TESTS)]
+
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
+        names = ["levels"] if mutant.base == "levels.cpp" else [f"level_{x}" for x in LEVELS]
+        return [f"csrc/cpu/{name}.cpp" for name in names]
+
+    def kernels(self, changed: dict[str, Path]) -> tuple[list[Path], str]:
+        """Objects, and the level that changed."""
+        stem = Path(next(iter(changed), "")).stem
+        level = stem.removeprefix("level_") if stem.startswith("level_") else LEVELS[0]
+        return [changed.get(x, self.object_of(x)) for x in self.units() if "csrc" in x], level
+
+    def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        kernels, level = self.kernels(changed)
+        first = LIKELY.get(mutant.base, OTHERS)[0]
+        for name in sorted(TESTS, key=lambda test: test != first):
+            link([self.object_of(name + ".cpp"), *kernels], tree / name, *self.link_flags)
+            command = [str(tree / name), *TESTS[name]]
+            what = name + self.suffix
+            found = verdict(
+                command, tree, what, self.seconds, self.memory, RECGRELA_CPU_LEVEL=level
+            )
+            if found != SURVIVED:
+                return found
+        return SURVIVED
+
+    def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        first = ROOT / "tests/ops" / LIKELY.get(mutant.base, OTHERS)[1]
+        others = sorted(path for path in first.parent.glob("test_*.py") if path != first)
+        others += [ROOT / f"tests/trust/test_{name}.py" for name in ("isolation", "extremes")]
+        found = self.in_python(tree, [first], changed)
+        if found == SURVIVED:
+            bench = SanitizedBench()
+            unbroken(bench)
+            found = bench.run(mutant, survivor=False)
+        return found if found != SURVIVED else self.in_python(tree, others, changed)
+
+    def in_python(self, tree: Path, tests: list[Path], changed: dict[str, Path]) -> str:
+        """Tests on a copy of the package with the mutant's library."""
+        import torch
+
+        shutil.copytree(ROOT / "recgrela_ext", tree / "recgrela_ext", dirs_exist_ok=True)
+        shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        native = ROOT / "build/native/csrc"
+        wrappers = sorted([*native.glob("*.o"), *native.glob("cpu/*.o")])
+        wrappers = [x for x in wrappers if "level" not in x.name and "module" not in x.name]
+        assert wrappers, "python setup.py build_ext --inplace must run first"
+        folder = Path(torch.__path__[0]) / "lib"
+        kernels, level = self.kernels(changed)
+        target = tree / "recgrela_ext/librecgrela.so"
+        options = ["-shared", f"-L{folder}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        link([*wrappers, *kernels], target, *options)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-k", "not wide_multiply_adds"]  # it looks at the machine code of -O3
+        chosen = [str(path.relative_to(ROOT)) for path in tests]
+        try:
+            run = subprocess.run(
+                [*command, *chosen], cwd=tree, capture_output=True, text=True, timeout=2 * SECONDS,
+                env={**os.environ, "RECGRELA_CPU_LEVEL": level},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "killed by tests/ops (never ended)"
+        if run.returncode == 0:
+            return SURVIVED
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?:\[| - |$)", run.stdout, flags=re.MULTILINE)
+        return f"killed by {failed[0]}" if failed else "killed by tests/ops (crash)"
 
 
-def explained(line: str) -> str | None:
-    return next((why for text, why in EXPLAINED.items() if text in line), None)
+class SanitizedBench(CpuBench):
+    """The same C++ tests; what is read outside its memory changes no number."""
+
+    kind = "sanitized"
+    link_flags = ("-fsanitize=address,undefined",)
+    flags = (*CPU_FLAGS, *link_flags, "-fno-sanitize-recover=all")
+    seconds, memory, suffix = 5 * CPU_SECONDS["cpu"], resource.RLIM_INFINITY, ", sanitized"
+
+
+class CudaBench(Bench):
+    kind, flags = "cuda", tuple(SHIM_FLAGS)
+
+    def units(self) -> list[str]:
+        paths = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "tests/cuda_shim").glob("*.cpp")]
+        return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+    def broken(self, tree: Path, mutant: Mutant) -> list[str]:
+        units = [x for x in self.units() if x.endswith(".cu")]
+        found = [x for x in units if mutant.base in includes(tree / x, tree / "csrc/cuda")]
+        return sorted(found, key=lambda x: ("_d16." not in x, "_d64." not in x, x))
+
+    def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
+        link([changed.get(x, self.object_of(x)) for x in self.units()], tree / "test_cuda")
+        command = [str(tree / "test_cuda"), "first"]
+        return verdict(command, tree, "test_cuda", CPU_SECONDS["cuda"])
+
+
+BENCHES: dict[str, type[Bench]] = {"cpu": CpuBench, "cuda": CudaBench}
 
 
 def summary(outcomes: dict[str, Any]) -> dict[str, Any]:
-    runs = [one for one in outcomes.values() if one["outcome"] != "does not compile"]
-    survivors = [one for one in runs if one["outcome"] == "survived"]
-    told = [one for one in survivors if one.get("why")]
+    runs = [one for one in outcomes.values() if one["outcome"] not in NONE]
+    survivors = [one for one in runs if one["outcome"] == SURVIVED]
     return {
         "mutants": len(runs),
         "killed": len(runs) - len(survivors),
         "survived": len(survivors),
-        "explained": len(told),
+        "explained": len([one for one in survivors if one.get("why")]),
+        "no_mutants": len(outcomes) - len(runs),
     }
+
+
+def unbroken(bench: Bench) -> None:
+    """The kernels as they are pass; asked once for a state of the sources."""
+    passed = bench.folder / "passed"
+    if passed.exists():
+        return
+    anything = Mutant(f"{bench.kind}/", 0, 0, "", "", "")
+    with tempfile.TemporaryDirectory(dir=bench.folder) as tree:
+        found = bench.judge(Path(tree), anything, {})
+    assert found == SURVIVED, f"the kernels as they are: {found}"
+    passed.touch()
+
+
+class Queue:
+    """One kind's places, in their order, and what became of them."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.out = records.FOLDER / f"mutations-{kind}.json"
+        earlier = records.read(self.out) if self.out.exists() else {}
+        self.outcomes: dict[str, dict[str, Any]] = earlier.get("outcomes", {})
+        self.bench: Bench | None = None
+
+    def go(self, count: int, again: bool) -> None:
+        before = {n for n, one in self.outcomes.items() if one["outcome"] == SURVIVED}
+        survivors = []
+        for mutant in shuffled(self.kind):
+            if not count:
+                break
+            if mutant.name not in self.outcomes or (again and mutant.name in before):
+                self.run(mutant, survivor=False)
+            one = self.outcomes[mutant.name]
+            count -= one["outcome"] not in NONE
+            if one["outcome"] == SURVIVED and not one["survivor_tests"]:
+                survivors.append(mutant)
+        for mutant in sorted(survivors, key=lambda x: x.base not in LIKELY):  # cheap ones first
+            if mutant.name not in EXPLAINED:
+                self.run(mutant, survivor=True)
+        self.write()
+        print(self.kind, summary(self.outcomes))
+
+    def run(self, mutant: Mutant, survivor: bool) -> None:
+        if self.bench is None:
+            self.bench = BENCHES[self.kind]()
+            unbroken(self.bench)
+        start, before = time.monotonic(), self.outcomes.get(mutant.name, {})
+        outcome = self.bench.run(mutant, survivor)
+        self.outcomes[mutant.name] = {
+            "outcome": outcome,
+            "commit": records.commit(),
+            "seconds": round(time.monotonic() - start) + before.get("seconds", 0),
+            "survivor_tests": survivor,
+        }
+        print(f"{mutant.name}: {outcome}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        for name, one in self.outcomes.items():
+            one.pop("why", None)
+            if one["outcome"] == SURVIVED and name in EXPLAINED:
+                one["why"] = EXPLAINED[name]
+        facts = {"kind": "mutation", **summary(self.outcomes), "versions": records.versions()}
+        records.write(self.out, {**facts, "outcomes": self.outcomes})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--count", type=int, default=120)
+    parser.add_argument("--cpu", type=int, default=60, help="mutants of csrc/cpu")
+    parser.add_argument("--cuda", type=int, default=40, help="mutants of csrc/cuda")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--again", action="store_true", help="survivors once more")
     options = parser.parse_args()
-    queue = chosen(options.count)
-    if options.list:
-        print(*(mutant.name for mutant in queue), sep="\n")
-        return 0
-    record = records.read(OUT) if OUT.exists() else {"kind": "mutation", "outcomes": {}}
-    outcomes = record["outcomes"]
-    if options.again:
-        outcomes = {n: one for n, one in outcomes.items() if one["outcome"] != "survived"}
-    lines = {p.name: p.read_text().splitlines() for p in (ROOT / "csrc/cpu").iterdir()}
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        unbroken = bench.outcome(bench.objects, Path(folder))
-        assert unbroken == "survived", f"the kernels as they are: {unbroken}"
-        for mutant in queue:
-            line = lines[mutant.file][mutant.line - 1].strip()
-            # The source may have moved on since: the line itself is part of the name.
-            name = f"{mutant.name} | {line}"
-            if name in outcomes:
-                continue
-            found = {"outcome": bench.run(mutant)}
-            why = explained(line) if found["outcome"] == "survived" else None
-            outcomes[name] = {**found, **({"why": why} if why else {})}
-            record |= {"outcomes": outcomes, **summary(outcomes), "versions": records.versions()}
-            records.write(OUT, record)
-            print(f"{name}: {outcomes[name]['outcome']}", flush=True)
-    print(summary(outcomes))
+    for kind, count in {"cpu": options.cpu, "cuda": options.cuda}.items():
+        if options.list:
+            print(*(mutant.name for mutant in shuffled(kind)[:count]), sep="\n")
+        elif count:
+            Queue(kind).go(count, options.again)
     return 0
 
 

@@ -97,6 +97,16 @@ def test_real_scores_are_close_and_the_same_for_any_threads_and_batch() -> None:
         assert torch.equal(again[1], items[:8])
 
 
+def test_shared_candidates_in_parts() -> None:
+    """More candidates than one part of the work takes: each of them is counted once."""
+    torch.manual_seed(0)
+    hidden, table = torch.randn(3, 8, dtype=torch.float64), torch.randn(50_000, 8).double()
+    candidates = 1 + torch.randperm(49_999)[:40_000]
+    _, items = ops.topk_scores(hidden, table, 20, 0, None, None, candidates)
+    scores = (hidden @ table.t())[:, candidates]
+    assert torch.equal(items, candidates[scores.topk(20).indices])
+
+
 def test_nan_and_infinity(implementation: str) -> None:
     hidden, table = whole_numbers(4, 3), whole_numbers(50, 3)
     clean = ops.topk_scores(hidden, table, 50)

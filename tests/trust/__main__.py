@@ -2,11 +2,16 @@
 
 python -m tests.trust             # writes it
 python -m tests.trust --check     # fails where the page says something else
+python -m tests.trust --run       # tests/trust with its slow tests, for the table
+python -m tests.trust --run giant # those with this word alone
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from typing import Any
 
 from tests.trust import records
@@ -24,15 +29,17 @@ INPUTS = {
     "operators": "arguments of every operator, public and raw",
 }
 
+ENGINES = {"random": "random edits", "atheris": "coverage-guided"}
+
 
 def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
 def fuzz_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    engine = {"random": "random edits", "atheris": "coverage-guided"}[record["engine"]]
     since = number(record["runs_since_a_finding"])
-    tried = f"{number(record['runs'])} inputs, {engine}, {number(record['seconds'])} s"
+    engines = ", ".join(f"{number(n)} {ENGINES[name]}" for name, n in record["runs"].items())
+    tried = f"{engines}, {number(record['seconds'] / 60)} min"
     found = f"{len(record['findings'])} while it ran; none in the last {since}"
     return f"fuzzing: {INPUTS[record['target']]}", tried, found
 
@@ -48,14 +55,20 @@ def soak_row(record: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def mutation_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    share = 100 * record["killed"] / record["mutants"]
-    told = f"{record['killed']} killed ({share:.1f} %), {record['explained']} survivors explained"
-    return "mutation of csrc/cpu", f"{record['mutants']} mutants", told
+    what = "CPU kernels" if next(iter(record["outcomes"])).startswith("cpu/") else "CUDA kernels"
+    left = record["mutants"] - record["explained"]
+    found = f"{record['killed']} of {left} killed ({100 * record['killed'] / left:.1f} %)"
+    same = f"; {record['explained']} more that no test can tell, explained"
+    return f"mutation of the {what}", f"{record['mutants']} mutants", found + same
 
 
 def matrix_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
-        (f"Python {name.split()[0]}, torch {cell['torch']}", "wheel, tests/ops", cell["summary"])
+        (
+            f"Python {name.split()[0]}, torch {cell['torch']}",
+            "wheel, tests/ops, torch's symbols",
+            f"{cell['summary']}; {len(cell['symbols_missing'])} symbols missing",
+        )
         for name, cell in record["cells"].items()
     ]
     symbols = record.get("symbols", {})
@@ -89,7 +102,31 @@ def page() -> str:
     return f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
 
 
+def run_tests(word: str) -> int:
+    """pytest's last line becomes a record."""
+    chosen = word or "not giant"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-k", chosen]
+    start, used = time.monotonic(), os.times()
+    folder = records.FOLDER.parent
+    run = subprocess.run([*command, str(folder)], capture_output=True, text=True)
+    print(run.stdout, run.stderr, sep="")
+    now = os.times()
+    cpu = now.children_user + now.children_system - used.children_user - used.children_system
+    last = run.stdout.strip().splitlines()[-1].strip("= ")
+    record = {
+        "kind": "tests",
+        "what": f"tests/trust, `-k {chosen!r}`: isolation, extremes, faults, processes, supply",
+        "tried": f"once, {number(cpu)} s of CPU, {number(time.monotonic() - start)} s",
+        "found": last.partition(" in ")[0],
+        "versions": {**records.versions(), "commit": records.commit()},
+    }
+    records.write(records.FOLDER / f"tests-{word or 'all'}.json", record)
+    return run.returncode
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--run"]:
+        return run_tests("".join(sys.argv[2:3]))
     text = page()
     if "--check" in sys.argv[1:]:
         return 0 if text == PAGE.read_text(encoding="utf-8") else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,15 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def commit() -> str:
+    """The commit checked out, and whether sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        folder = FOLDER.parents[2]
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    changed = git("diff", "HEAD", "--name-only", "--", ":/", ":(exclude,top)tests/trust/results")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")

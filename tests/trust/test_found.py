@@ -30,6 +30,7 @@ from recgrela_ext.model.persistence import weights_digest
 from recgrela_ext.ops.encoder_step import encoder_step
 from recgrela_ext.training.checkpoint import CheckpointFolder
 from tests.fuzz.saved import small_model
+from tests.ops.problems import make_problem, make_state
 
 
 def test_seen_items_cut_short_behind_a_right_checksum() -> None:
@@ -220,3 +221,24 @@ def test_eps_too_large_for_torch() -> None:
     x = torch.ones(1, 1, 1, 2)
     with pytest.raises(ValueError, match="rela: eps must be a finite number"):
         ops.rela(x, x, x, torch.ones(1, 1), eps=10**30)
+
+
+def test_active_on_another_device() -> None:
+    """It chose the shape-only kernel, whose output is memory nobody wrote."""
+    problem = make_problem(2, 1, 1, 4, 2, torch.float32)
+    rows = [getattr(problem, name)[:, 0] for name in ("q", "k", "v", "gate")]
+    parameters = (problem.inv_freq, problem.conv_weight, problem.conv_bias)
+    state = make_state(2, 1, 4, 2, torch.float32)
+    active = torch.ones(2, dtype=torch.bool, device="meta")
+    text = "^gated_rela_step: active must be on the device of q, cpu, got meta$"
+    with pytest.raises(ValueError, match=text):
+        ops.gated_rela_step(*rows, *parameters, state, 1e-6, active)
+
+
+def test_parquet_error_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1" + bytes(8) + b"PAR1")
+    with pytest.raises(DataError) as caught:
+        Interactions.from_file(path, progress=False)
+    assert "\n" not in str(caught.value)

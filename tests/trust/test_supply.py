@@ -1,9 +1,11 @@
-"""What is loaded is never a pickle."""
+"""What is loaded is never a pickle; what CI installs is known by its hash."""
 
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,41 @@ def test_loading_reaches_no_unpickler(tmp_path: Path, monkeypatch: pytest.Monkey
     assert folder.load_newest() is not None
     UserState.from_bytes(blob, model)
     SeenItems.from_bytes(blob)
+
+
+def required(*extras: str) -> set[str]:
+    """Names that the package and some of its extras ask for, without torch; in normal form."""
+    names: set[str] = set()
+    todo = ["recgrela-ext[" + ",".join(extras) + "]"]
+    while todo:
+        name, inner = re.fullmatch(r"([\w.-]+)(?:\[([\w,-]+)\])?.*", todo.pop()).groups()  # type: ignore[union-attr]
+        if name != "recgrela-ext":
+            names.add(re.sub(r"[-_.]+", "-", name).lower())
+            continue
+        asked = importlib.metadata.requires("recgrela-ext") or []
+        for line in asked:
+            text, _, marker = line.partition(";")
+            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+            if extra is None or extra[1] in (inner or "").split(","):
+                todo.append(text.strip())
+    return names - {"torch"}
+
+
+@pytest.mark.parametrize(("file", "extras"), [("requirements.txt", ("dev", "service"))])
+def test_ci_installs_what_it_knows(file: str, extras: tuple[str, ...]) -> None:
+    """`make pins` after a change of pyproject.toml."""
+    path = ROOT / ".ci" / file
+    if not path.exists():
+        pytest.skip("no checkout: .ci is not in the source archive")
+    pinned: set[str] = set()
+    for entry in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        name, _, rest = entry.partition("==")
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", rest), entry
+        pinned.add(name)
+    assert required(*extras) <= pinned
+
+
+def test_required_names() -> None:
+    """The reader of the metadata reads."""
+    assert {"numpy", "pytest", "pandas", "ruff", "fastapi"} <= required("dev", "service")
+    assert "fastapi" not in required("dev")
