@@ -171,6 +171,8 @@ class FitResult:
         stopped: "epochs", "steps", "minutes" or "patience".
         best_metric, best_epoch, best_step: of the validation metric; None without validation.
         history: one dict per epoch, as in the log file.
+        cpu_seconds: processor time of all threads in `seconds`; unlike it, little changed by other
+            work on the machine.
     """
 
     epochs: int
@@ -182,6 +184,7 @@ class FitResult:
     best_epoch: int | None = None
     best_step: int | None = None
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 def _require(holds: bool, name: str, condition: str, value: object) -> None:
