@@ -12,7 +12,7 @@ import torch
 _CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "objective": ("auto", "dense", "prefix"),
-    "loss": ("softmax", "sampled", "bpr"),
+    "loss": ("softmax", "unseen", "sampled", "bpr"),
     "negatives": ("uniform", "popularity", "in_batch"),
     "amp": (None, "bfloat16", "float16"),
 }
@@ -40,8 +40,9 @@ class TrainConfig:
     step of more than `positions_per_pass` items is accumulated over several passes, with the same
     result.
 
-    Loss: "softmax" over all items; "sampled" with `num_negatives` shared items and logQ; "bpr".
-    `negatives` and `negative_power`: see `losses.NegativeSampler`.
+    Loss: "softmax" over all items; "unseen": over the target and what the user has not seen before,
+    for rankings that leave seen items out; "sampled" with `num_negatives` shared items and logQ;
+    "bpr". `negatives` and `negative_power`: see `losses.NegativeSampler`.
 
     Selection: every `eval_every` epochs the validation `metric` is taken; after `patience` such
     evaluations without a better one the run ends (None: never). The best weights are kept.
