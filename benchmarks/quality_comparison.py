@@ -1,9 +1,10 @@
 """README's tables of quality: what the queues ask for, as far as their runs are done.
 
-A queue with the table "comparison" becomes a table per test: per row the setting that is best on
-validation, with all its seeds, and the difference of the first row of ours less the others. One
-with the table "screen" becomes a list of settings and what they reached on validation; no test
-figure is shown there, so that none is chosen by it.
+A queue of counting models alone becomes one table with a line per test. A queue with the table
+"comparison" becomes a table per test: per row the setting that is best on validation, with all its
+seeds, and the difference of the first row of ours less the others. One with the table "screen"
+becomes a list of settings and what they reached on validation; no test figure is shown there, so
+that none is chosen by it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_queue import Queue, Row, Run, read_queue
+from benchmarks.quality_queue import COUNTING, Queue, Row, Run, read_queue
 from benchmarks.quality_tests import TIE, Difference, holm, paired_difference
 from recgrela_ext.evaluation.metrics import ndcg_at_k
 
@@ -28,7 +29,12 @@ patience for all), and is then run with more seeds. A difference is that of the 
 one: the mean over users of NDCG@10 averaged over seeds, its 95 % interval from a bootstrap over
 users and seeds, paired by user, and p after Holm. Differences below {TIE} are called a tie, as are
 those whose interval holds 0."""
-NONE_YET = "No run of a quality queue is committed yet."
+NONE_YET = "No model has been trained by a quality queue yet."
+SCREENS = """\
+One change of the recipe at a time, judged on validation; no test figure is shown, so that none is
+chosen by it. One seed each: a change is believed after two. Loss is that of the last epoch's
+training and is comparable between rows of the same loss alone."""
+COMMAND = "python -m benchmarks readme"
 
 
 class Setting:
@@ -76,23 +82,74 @@ def compare(ours: Setting, others: list[Setting], view: str) -> list[Difference]
     return [dataclasses.replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
 
-def section(queues: Path, results: Path, table: str = "comparison") -> str:
-    """Markdown of every queue of this kind in a folder that has a run."""
-    read = [read_queue(path) for path in sorted(queues.glob("*.json"))]
-    build = comparison if table == "comparison" else screen
-    tables = [part for queue in read if queue.table == table for part in build(queue, results)]
-    if not tables:
-        return NONE_YET
-    return "\n\n".join([PROTOCOL, *tables] if table == "comparison" else tables)
+def section(queues: Path, results: Path) -> str:
+    """Markdown for README: counting models on every test, and comparisons with a trained one."""
+    read = [queue for queue in _read(queues) if queue.table == "comparison"]
+    counted = [part for queue in read if _counts(queue) for part in counting(queue, results)]
+    trained = [part for queue in read if not _counts(queue) for part in comparison(queue, results)]
+    if not trained:
+        return "\n\n".join([*counted, NONE_YET])
+    return "\n\n".join([*counted, PROTOCOL, *trained])
+
+
+def page(queues: Path, results: Path) -> str:
+    """The page beside the results: all of README's tables, and the screens."""
+    screens = [part for queue in _read(queues) if queue.table == "screen"
+               for part in screen(queue, results)]  # fmt: skip
+    parts = [
+        "# Results of the quality queues",
+        f"Written by `{COMMAND}`.",
+        section(queues, results),
+    ]
+    if screens:
+        parts += ["## Screens", SCREENS, *screens]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(queues: Path) -> list[Queue]:
+    return [read_queue(path) for path in sorted(queues.glob("*.json"))]
+
+
+def _counts(queue: Queue) -> bool:
+    return all(row.trials[0].model in COUNTING for row in queue.rows)
+
+
+def counting(queue: Queue, results: Path) -> list[str]:
+    """One table, a line per test: NDCG@10 of every model, both views."""
+    models = list({row.label: None for row in queue.rows})
+    lines = []
+    for rows in _by_test(queue).values():
+        found = {row.label: row.trials[0].result(results) for row in rows}
+        if None not in found.values():
+            cells = [_where(rows[0].trials[0], found[rows[0].label])]
+            for model in models:
+                mean = found[model]["mean"]
+                cells.append(" / ".join(f"{mean[f'{view}/ndcg@10']:.4f}" for view in VIEWS))
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = [
+        f"| NDCG@10, seen items in / out | {' | '.join(models)} |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    return ["\n".join([f"**{queue.title}**, test targets", "", *head, *lines])]
 
 
 def comparison(queue: Queue, results: Path) -> list[str]:
-    """A table per test, for those with a run."""
-    by_test: dict[str, list[Row]] = {}
+    """A table per test, for those with a model that was trained."""
+    tables = []
+    for rows in _by_test(queue).values():
+        done = settings_of(rows, results)
+        if any(setting.model not in COUNTING for setting in done):
+            tables.append(_table(queue, rows, done, results))
+    return tables
+
+
+def _by_test(queue: Queue) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in queue.rows:
-        by_test.setdefault(row.trials[0].test, []).append(row)
-    return [_table(queue, rows, done, results) for rows in by_test.values()
-            if (done := settings_of(rows, results))]  # fmt: skip
+        found.setdefault(row.trials[0].test, []).append(row)
+    return found
 
 
 def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) -> str:
@@ -120,15 +177,18 @@ def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) ->
 
 
 def _heading(queue: Queue, run: Run, result: dict[str, Any]) -> str:
+    return f"**{queue.title}**: {_where(run, result)}, sha256 `{run.target_sha256[:12]}`"
+
+
+def _where(run: Run, result: dict[str, Any]) -> str:
+    """Data, order, split and counts."""
     left_out = ", ".join(f"{n:,} {what.replace('_', ' ')}"
                          for what, n in result["left_out"].items() if n)  # fmt: skip
     return (
-        f"**{queue.title}**: {run.data}, order `{run.order}`, "
+        f"{run.data}, order `{run.order}`, "
         + ("leave-one-out" if run.split == "leave_one_out" else "global split by time, 80/10/10")
         + f", {result['targets']:,} targets of {result['users']:,} users among "
-        f"{result['n_items'] - 1:,} items"
-        + (f" (left out: {left_out})" if left_out else "")
-        + f", sha256 `{run.target_sha256[:12]}`"
+        f"{result['n_items'] - 1:,} items" + (f" (left out: {left_out})" if left_out else "")
     )
 
 

@@ -18,6 +18,7 @@ from benchmarks.peer_models import PeerConfig
 from benchmarks.quality import note
 from benchmarks.quality_peers import PEERS
 from benchmarks.quality_queue import COUNTING, Run
+from benchmarks.repeat_bias import WithRepeatBias
 from recgrela_ext import Interactions, RecGRELA, RecGRELAConfig, Sequences, evaluate, fit
 from recgrela_ext.evaluation import write_result
 from recgrela_ext.evaluation.baselines import Markov, Popularity
@@ -28,6 +29,8 @@ from recgrela_ext.training import TrainConfig
 def build(run: Run, train: Sequences) -> Any:
     """The run's model before training, or a scorer that only counts.
 
+    `repeat_bias` in its config: with the bias of benchmarks/repeat_bias.py.
+
     Raises:
         ValueError: no such model.
     """
@@ -35,17 +38,22 @@ def build(run: Run, train: Sequences) -> Any:
     if run.model in counting:
         return counting[run.model](train, **run.config)
     torch.manual_seed(run.seed)
-    if run.model == "RecGRELA":
-        return RecGRELA(RecGRELAConfig(n_items=train.n_items, **run.config))
-    if run.model == "RecGRELA-paper":
-        return RecGRELA(RecGRELAConfig.paper(n_items=train.n_items, **run.config))
-    if run.model not in PEERS:
+    options = {name: value for name, value in run.config.items() if name != "repeat_bias"}
+    model = _model(run.model, train.n_items, options)
+    return WithRepeatBias(model) if run.config.get("repeat_bias") else model
+
+
+def _model(name: str, n_items: int, options: dict[str, Any]) -> Any:
+    if name == "RecGRELA":
+        return RecGRELA(RecGRELAConfig(n_items=n_items, **options))
+    if name == "RecGRELA-paper":
+        return RecGRELA(RecGRELAConfig.paper(n_items=n_items, **options))
+    if name not in PEERS:
         known = ", ".join(["RecGRELA", "RecGRELA-paper", *COUNTING, *PEERS])
-        raise ValueError(f"quality: model must be one of {known}, got {run.model}")
-    shared = {field.name for field in fields(PeerConfig)} & run.config.keys()
-    own = {name: value for name, value in run.config.items() if name not in shared}
-    config = PeerConfig(n_items=train.n_items, **{name: run.config[name] for name in shared})
-    return PEERS[run.model](config, **own)
+        raise ValueError(f"quality: model must be one of {known}, got {name}")
+    shared = {field.name for field in fields(PeerConfig)}
+    config = PeerConfig(n_items, **{k: v for k, v in options.items() if k in shared})
+    return PEERS[name](config, **{k: v for k, v in options.items() if k not in shared})
 
 
 def perform(run: Run, data: Path, work: Path, results: Path) -> None:
