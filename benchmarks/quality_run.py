@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import machine
 from benchmarks.item_knn import ItemKNN
 from benchmarks.peer_models import PeerConfig
 from benchmarks.quality import note
@@ -68,6 +69,7 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
             "another test"
         )
     model = build(run, train)
+    commit = machine.commit()  # now: it may be another when the training ends
     facts: dict[str, Any] = {}
     curve: list[dict[str, float]] = []
     if run.model not in COUNTING:
@@ -84,7 +86,7 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
     )
     ranks = rank_targets(model, test)
     result.update(model=run.model, label=run.label, setting=run.setting, valid=checked["mean"],
-                  config=run.config, train=run.train, limits=run.limits, curve=curve,
+                  config=run.config, train=run.train, limits=run.limits, curve=curve, commit=commit,
                   left_out=dict(test.dropped), **facts)  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     save_ranks(results / f"{run.name}.npz", test.user, ranks)
