@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,7 @@ from recgrela_ext.model.losses import default_chunk_rows
 from recgrela_ext.training.windows import Batch
 
 NEVER = np.iinfo(np.int32).max
+UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
 
 
 class Adjustment(Protocol):
@@ -31,7 +33,7 @@ class Adjustment(Protocol):
         """Changes logits [c, n_items] of the positions `rows` [c] with `targets` [c], in place."""
 
     def gradient(self, d_logits: Tensor, rows: Tensor) -> Tensor | None:
-        """Of the parameter, from that of the logits as `apply` left them."""
+        """Of the parameter, from that of the adjusted logits."""
 
 
 def adjusted_softmax_loss(
@@ -76,23 +78,34 @@ class _AdjustedSoftmax(torch.autograd.Function):
             grad_parameter = None if parameter is None else torch.zeros_like(parameter)
             total = wide.new_zeros((), dtype=torch.float64)
             share = 1.0 / max(rows.numel(), 1)
-            for index in rows.split(default_chunk_rows(len(table), hidden.device.type)):
+            size = default_chunk_rows(len(table), hidden.device.type)
+            logits = wide.new_empty(min(size, rows.numel()), len(table))
+            for index in rows.split(size):
                 h = hidden.index_select(0, index).to(dtype)
                 y = targets.index_select(0, index)
-                p = h @ wide.t()  # [c, n_items]
+                p = torch.mm(h, wide.t(), out=logits[: len(index)])
                 adjustment.apply(p, index, y)
                 p[:, ignore_index] = -torch.inf
-                torch.log_softmax(p, 1, out=p)
-                total -= p.gather(1, y[:, None]).sum(dtype=torch.float64)
-                p.exp_()
+                torch.softmax(p, 1, out=p)
+                picked = p.gather(1, y[:, None])
+                small = (picked.squeeze(1) < UNDERFLOW).nonzero().squeeze(1)
+                if small.numel():
+                    picked[small] = 1.0
+                    again = h[small] @ wide.t()
+                    adjustment.apply(again, index[small], y[small])
+                    again[:, ignore_index] = -torch.inf
+                    total += F.cross_entropy(again, y[small], reduction="sum")
+                total -= picked.log().sum(dtype=torch.float64)
                 p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0))
-                p.mul_(share)  # d loss / d logits
-                grad_hidden.index_copy_(0, index, p @ wide)
+                grad_hidden.index_copy_(0, index, (p @ wide).mul_(share))
                 grad_table.addmm_(p.t(), h)
                 if grad_parameter is not None:
                     found = adjustment.gradient(p, index)
                     assert found is not None
                     grad_parameter += found
+            grad_table.mul_(share)
+            if grad_parameter is not None:
+                grad_parameter.mul_(share)
         ctx.save_for_backward(grad_hidden, grad_table, grad_parameter)
         ctx.dtypes = hidden.dtype, table.dtype
         return (total * share).to(dtype)
@@ -124,7 +137,14 @@ class LeaveOutSeen:
         self.first, self.window, self.place = first, window, place
 
     def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
-        seen = self.first[self.window[rows]] <= self.place[rows][:, None]
+        place = self.place[rows].to(torch.int32)[:, None]
+        seen = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
+        windows, counts = torch.unique_consecutive(self.window[rows], return_counts=True)
+        start = 0
+        for window, count in zip(windows.tolist(), counts.tolist(), strict=True):
+            part = slice(start, start + count)
+            torch.le(self.first[window], place[part], out=seen[part])
+            start += count
         seen.scatter_(1, targets[:, None], False)
         logits.masked_fill_(seen, -torch.inf)
 

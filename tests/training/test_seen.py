@@ -111,6 +111,19 @@ def test_gradients_and_repeats() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, table))
 
 
+def test_probabilities_that_underflow() -> None:
+    torch.manual_seed(0)
+    hidden, table = torch.randn(40, 16) * 40, torch.randn(30, 16)
+    targets = torch.randint(1, 30, (40,))
+    first = torch.randint(-5, 60, (2, 30), dtype=torch.int32)
+    window, place = torch.arange(40) // 20, torch.arange(40) % 20
+    seen = [set((first[w] <= t).nonzero().flatten().tolist()) for w, t in zip(window, place)]
+    exact = masked_loss(hidden.double(), table.double(), targets, seen)
+    found = adjusted_softmax_loss(hidden, table, targets, LeaveOutSeen(first, window, place))
+    assert exact > 100  # most targets have probability 0 in float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_no_target_no_loss() -> None:
     hidden, table = torch.randn(2, 4, requires_grad=True), torch.randn(5, 4)
     nothing = torch.zeros(2, dtype=torch.int64)
