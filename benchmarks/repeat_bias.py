@@ -91,13 +91,14 @@ class RepeatBias:
         # [B, L]: the place at which an item comes again, L when it does not
         self.again = torch.where((same & later).any(2), (same & later).int().argmax(2), L)
         self.place = torch.arange(L)
+        self.bucket = bucket(self.place + 1)  # by lag - 1
 
     def _pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each row: the window's items [c, L], whether each counts, and its bucket."""
         L = len(self.place)
         window, t = rows // L, (rows % L)[:, None]
         counts = (self.place <= t) & (self.again[window] > t)
-        return self.items[window], counts, bucket((t - self.place).clamp(min=0) + 1)
+        return self.items[window], counts, self.bucket[(t - self.place).clamp(min=0)]
 
     def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
         assert self.parameter is not None
