@@ -25,10 +25,10 @@ PROTOCOL = f"""\
 Every model is trained by `fit` on the same batches and ranked by the same code among all items;
 seen items stay in the ranking, or ("unseen") are left out of it. The setting of a row is the best
 of its trials on validation (learning rate x dropout, the same number of targets and the same
-patience for all), and is then run with more seeds. A difference is that of the first row less this
-one: the mean over users of NDCG@10 averaged over seeds, its 95 % interval from a bootstrap over
-users and seeds, paired by user, and p after Holm. Differences below {TIE} are called a tie, as are
-those whose interval holds 0."""
+patience for all), and is then run with more seeds, and for longer where the table says so. A
+difference is that of the first row less this one: the mean over users of NDCG@10 averaged over
+seeds, its 95 % interval from a bootstrap over users and seeds, paired by user, and p after Holm.
+Differences below {TIE} are called a tie, as are those whose interval holds 0."""
 NONE_YET = "No model has been trained by a quality queue yet."
 SCREENS = """\
 One change of the recipe at a time, judged on validation; no test figure is shown, so that none is
@@ -172,7 +172,7 @@ def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) ->
             told = differences and setting is not ours
             cells += _difference(differences[view][others.index(setting)] if told else None)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", _not_run(rows, done, results)]
+    lines += ["", *([queue.note, ""] if queue.note else []), _not_run(rows, done, results)]
     return "\n".join(lines)
 
 
@@ -197,7 +197,7 @@ def _not_run(rows: list[Row], done: list[Setting], results: Path) -> str:
     missing = [row.label for row in rows if row not in shown]
     runs = {run.name: run for row in rows for run in row.runs(results)}.values()
     left = sum(run.result(results) is None for run in runs)
-    more = sum(len(row.then_seeds) for row in rows
+    more = sum(row.final_count() for row in rows
                if any(run.result(results) is None for run in row.trials))  # fmt: skip
     told = f"{left + more} runs of this table have not been made"
     if missing:

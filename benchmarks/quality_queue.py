@@ -2,14 +2,16 @@
 
 A queue (benchmarks/queues/*.json) is
 
-    {"title": str, "table": "comparison" | "screen", "targets": {data: {order: sha256}},
-     "defaults": {...}, "runs": [{...}, ...]}
+    {"title": str, "table": "comparison" | "screen", "note": str,
+     "targets": {data: {order: sha256}}, "defaults": {...}, "runs": [{...}, ...]}
 
 and each of its runs, over the defaults, has the fields of `FIELDS`. `grid` maps names such as
 "train.lr" or "config.dropout" to the values to try, all with all, each with every one of `seeds`;
 the setting that is best on validation, by the metric the training is selected by, is then run with
-`then_seeds` too. Models that only count have no grid and one seed. A global split by time has its
-targets under the order's name and "-time".
+`then_seeds` too. With `final_limits` the trials are short ones, under `limits`, and the setting
+chosen by them is run with all seeds under `final_limits`; the table shows these runs. Models that
+only count have no grid and one seed, and take nothing but their own `config`. A global split by
+time has its targets under the order's name and "-time".
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 COUNTING = ("Popularity", "Markov", "ItemKNN")
 FIELDS = {"label", "model", "data", "order", "split", "config", "train", "limits", "grid", "seeds",
-          "then_seeds"}  # fmt: skip
+          "then_seeds", "final_limits"}  # fmt: skip
 SPLITS = ("leave_one_out", "time")
 TABLES = ("comparison", "screen")
 
@@ -64,17 +66,15 @@ class Run:
         path = results / f"{self.name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def of_seed(self, seed: int) -> Run:
-        return Run(**{**asdict(self), "seed": seed})
-
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its trials (settings x seeds), and the seeds of the best of them."""
+    """One row of a table: its trials (settings x seeds), and what the best of them is run with."""
 
     label: str
     trials: list[Run]
     then_seeds: list[int]
+    final_limits: dict[str, Any] | None = None
 
     @property
     def metric(self) -> str:
@@ -103,20 +103,33 @@ class Row:
         return float(result["valid"][self.metric])
 
     def runs(self, results: Path) -> Iterator[Run]:
-        """The trials; after the last of them is done, the chosen setting with the other seeds."""
+        """The trials; after the last of them is done, the final runs of the chosen setting."""
         yield from self.trials
-        if self.then_seeds and all(run.result(results) is not None for run in self.trials):
-            best = self.chosen(results)
-            assert best is not None
-            yield from (best.of_seed(seed) for seed in self.then_seeds)
+        if all(run.result(results) is not None for run in self.trials):
+            yield from self._final_runs(results)
 
     def chosen_runs(self, results: Path) -> list[Run]:
-        """Of the chosen setting, every run that is done."""
+        """Of the chosen setting, every run that is done and that the table is about."""
         best = self.chosen(results)
         if best is None:
             return []
-        mine = [run for run in self.runs(results) if run.setting == best.setting]
+        mine = [] if self.final_limits else [t for t in self.trials if t.setting == best.setting]
+        if all(run.result(results) is not None for run in self.trials):
+            mine += self._final_runs(results)
         return [run for run in mine if run.result(results) is not None]
+
+    def final_count(self) -> int:
+        """How many runs follow the trials."""
+        first = len({run.seed for run in self.trials}) if self.final_limits else 0
+        return first + len(self.then_seeds)
+
+    def _final_runs(self, results: Path) -> list[Run]:
+        best = self.chosen(results)
+        assert best is not None
+        if not self.final_limits:
+            return [replace(best, seed=seed) for seed in self.then_seeds]
+        seeds = [*dict.fromkeys(run.seed for run in self.trials), *self.then_seeds]
+        return [replace(best, seed=seed, limits=self.final_limits) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Queue:
     title: str
     table: str
     rows: list[Row]
+    note: str = ""
 
     def runs(self, results: Path) -> list[Run]:
         """Every run that can be named now, once: first all trials, then the other seeds."""
@@ -151,6 +165,9 @@ def read_queue(path: Path) -> Queue:
     rows = []
     for number, given in enumerate(queue["runs"], start=1):
         entry = _merged(queue.get("defaults", {}), given)
+        if given.get("model") in COUNTING:  # what is shared by the trained models is not for them
+            entry |= {"config": given.get("config", {}), "train": {}, "limits": {}, "grid": {},
+                      "seeds": [0], "then_seeds": [], "final_limits": None}  # fmt: skip
         unknown = entry.keys() - FIELDS
         need(not unknown, f"name known fields in run {number}, got {', '.join(sorted(unknown))}")
         missing = {"model", "data", "order", "seeds"} - entry.keys()
@@ -166,7 +183,7 @@ def read_queue(path: Path) -> Queue:
         rows.append(_row(entry, split, sha256))
     names = [run.name for row in rows for run in row.trials]
     need(len(set(names)) == len(names), "hold no run twice")
-    return Queue(queue.get("title", path.stem), table, rows)
+    return Queue(queue.get("title", path.stem), table, rows, queue.get("note", ""))
 
 
 def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -178,21 +195,17 @@ def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(entry: dict[str, Any], split: str, sha256: str) -> Row:
-    model, counts = entry["model"], entry["model"] in COUNTING
-    parts = {p: {} if counts else entry[p] for p in ("config", "train", "limits")}
-    grid = {} if counts else entry.get("grid", {})
-    if counts:
-        parts["config"] = {k: v for k, v in entry["config"].items() if k != "dropout"}
+    model, grid = entry["model"], entry.get("grid", {})
     label = entry.get("label", model)
     trials = []
     for values in itertools.product(*grid.values()):
-        chosen = {part: dict(fields) for part, fields in parts.items()}
+        chosen = {part: dict(entry[part]) for part in ("config", "train", "limits")}
         for name, value in zip(grid, values, strict=True):
             part, _, field = name.partition(".")
             chosen[part][field] = value
-        for seed in [0] if counts else entry["seeds"]:
+        for seed in entry["seeds"]:
             trials.append(
                 Run(model, entry["data"], entry["order"], split, seed, **chosen,
                     target_sha256=sha256, label=label)
             )  # fmt: skip
-    return Row(label, trials, [] if counts else entry.get("then_seeds", []))
+    return Row(label, trials, entry.get("then_seeds", []), entry.get("final_limits"))

@@ -99,6 +99,25 @@ def test_a_table_says_what_is_missing(folder: Path) -> None:
     assert "1 runs of this table have not been made, none of ItemKNN." in table
 
 
+def test_short_trials_and_long_runs_of_the_best(folder: Path) -> None:
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = queue["runs"][2:]
+    queue["defaults"] |= {"final_limits": {"epochs": 2}}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert command(folder) == 0
+    found = [json.loads(path.read_text()) for path in folder.glob("results/*.json")]
+    trials, long = ([one for one in found if one["epochs"] == n] for n in (1, 2))
+    assert sorted(one["seeds"] for one in trials) == [[0], [0]]
+    assert sorted(one["seeds"] for one in long) == [[0], [1]]
+    best = max(trials, key=lambda one: one["valid"]["seen_included/ndcg@10"])
+    assert all(one["config"] == best["config"] for one in long)
+    assert all(one["setting"] != best["setting"] for one in long)
+    (row,) = read_queue(folder / "queue.json").rows
+    assert {run.seed: run.setting for run in row.chosen_runs(folder / "results")} == {
+        one["seeds"][0]: one["setting"] for one in long
+    }
+
+
 def test_counting_models_share_a_table(folder: Path) -> None:
     queue = json.loads((folder / "queue.json").read_text())
     queue["runs"] = queue["runs"][:2]
