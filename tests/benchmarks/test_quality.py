@@ -209,7 +209,8 @@ def test_other_targets_are_refused(folder: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runs": [{"model": "Markov"}]}, "give data, order, seeds in run 1"),
+        ({"runs": [{"model": "Markov"}]}, "give data, order in run 1"),
+        ({"runs": [{"model": "SASRec"}]}, "give data, order, seeds in run 1"),
         ({"runs": [{"model": "x", "data": "d", "order": "o", "seeds": [0]}]}, "targets' sha256"),
         ({"runs": [{"modle": "x"}]}, "known fields in run 1, got modle"),
         ({"targets": None}, "hold targets and runs"),
