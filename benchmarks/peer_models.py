@@ -142,10 +142,10 @@ def step_pointwise(x: Tensor, norm: Any, fc1: Any, fc2: Any, activation: Any) ->
 
 
 class SASRec(Peer):
-    def __init__(self, config: PeerConfig, inner: int = 288) -> None:
+    def __init__(self, config: PeerConfig, inner: int = 288, layers: int = LAYERS) -> None:
         super().__init__(config)
         self.positions = nn.Embedding(config.max_seq_len, WIDTH)
-        self.blocks = nn.ModuleList(AttentionBlock(inner, config.dropout) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(AttentionBlock(inner, config.dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(WIDTH)
         self.start_weights()
 

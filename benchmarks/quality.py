@@ -3,92 +3,37 @@
     python -m benchmarks quality --data DIR --work DIR            # what the queue still lacks
     python -m benchmarks quality --list                           # what there is and what is left
 
-A queue (benchmarks/queues/*.json) holds `targets`, the sha256 of every order's test targets, a
-`recipe`, and `runs`: {model, data, order, seeds, config, train, limits}. Every run trains on the
-training part, is selected on validation and ranks validation and test with the same code. Its
-result goes to benchmarks/results/quality/<name>.json in the schema of `recgrela_ext.evaluation`,
-the ranks of its targets beside it (`.npz`, for paired tests), and a line to log.jsonl there when it
-begins and when it ends, so that every run tried stays on record. The name holds a hash of all that
-decides the figures: a run whose settings were changed is another run.
+What a queue holds: see benchmarks/quality_queue.py. Every run trains on the training part, is
+selected on validation and ranks validation and test with the same code. Its result goes to
+benchmarks/results/quality/<name>.json in the schema of `recgrela_ext.evaluation`, the ranks of its
+test targets beside it (`.npz`, for paired tests), and a line to log.jsonl there when it begins and
+when it ends, so that every run tried stays on record. The name holds a hash of all that decides the
+figures: a run whose settings were changed is another run.
+
+A run that was killed goes on from its last checkpoint in --work, at most a minute back, when the
+command is given again; on another machine it starts over. The same command given twice works on two
+runs at once.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from benchmarks.quality_queue import Queue, Run, read_queue
 
 ROOT = Path(__file__).resolve().parents[1]
-QUEUE = ROOT / "benchmarks" / "queues" / "ml-1m.json"
+QUEUES = ROOT / "benchmarks" / "queues"
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-COUNTING = ("Popularity", "Markov", "ItemKNN")
-_FIELDS = {"label", "model", "data", "order", "seeds", "config", "train", "limits"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model, trained once. `config`: the model's; `train`: TrainConfig's; `limits`: fit's."""
-
-    model: str
-    data: str
-    order: str
-    seed: int
-    config: dict[str, Any]
-    train: dict[str, Any]
-    limits: dict[str, Any]
-    target_sha256: str
-    label: str = ""
-
-    @property
-    def setting(self) -> str:
-        """What all seeds of this run share, as eight digits."""
-        decisive = {k: v for k, v in asdict(self).items() if k not in ("seed", "label")}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}-{self.order}-{self.model.lower()}-{self.setting}-s{self.seed}"
-
-
-def read_queue(path: Path) -> list[Run]:
-    """Every run of a queue, in its order; SystemExit, one line, for a queue that cannot work."""
-
-    def need(holds: bool, what: str) -> None:
-        if not holds:
-            raise SystemExit(f"quality: {path} must {what}")
-
-    try:
-        queue = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"quality: {path} must be a queue in JSON, got {error}") from None
-    need(isinstance(queue, dict) and {"targets", "runs"} <= queue.keys(), "hold targets and runs")
-    runs = []
-    for number, given in enumerate(queue["runs"], start=1):
-        unknown = given.keys() - _FIELDS
-        need(not unknown, f"name known fields in run {number}, got {', '.join(sorted(unknown))}")
-        missing = {"model", "data", "order", "seeds"} - given.keys()
-        need(not missing, f"give {', '.join(sorted(missing))} in run {number}")
-        sha256 = queue["targets"].get(given["data"], {}).get(given["order"])
-        need(sha256, f"give the targets' sha256 of {given['data']}, order {given['order']}")
-        counting = given["model"] in COUNTING
-        train = {} if counting else {**queue.get("recipe", {}), **given.get("train", {})}
-        limits = {} if counting else given.get("limits", queue.get("limits", {}))
-        for seed in given["seeds"]:
-            runs.append(
-                Run(given["model"], given["data"], given["order"], seed, given.get("config", {}),
-                    train, limits, sha256, given.get("label", given["model"]))
-            )  # fmt: skip
-    names = [run.name for run in runs]
-    need(len(set(names)) == len(names), "hold no run twice")
-    return runs
 
 
 def note(results: Path, run: Run, event: str, **facts: Any) -> None:
@@ -101,13 +46,14 @@ def note(results: Path, run: Run, event: str, **facts: Any) -> None:
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--queue", type=Path, default=QUEUE)
+    parser.add_argument("--queue", type=Path, default=QUEUES / "baselines.json")
     parser.add_argument("--data", type=Path, default=os.environ.get("RECGRELA_DATA"),
                         help="folder of the logs (default: RECGRELA_DATA)")  # fmt: skip
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality",
                         help="folder of checkpoints, resumed from")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", metavar="TEXT", default="", help="runs whose names hold this")
+    parser.add_argument("--only", metavar="TEXT", default="",
+                        help="runs whose names or labels hold this")  # fmt: skip
     parser.add_argument("--minutes", type=float, help="begin no further run after these")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--list", action="store_true", help="print the runs; train nothing")
@@ -115,42 +61,73 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Does what is missing, one run after the other; 1 when one of them failed."""
-    runs = [run for run in read_queue(options.queue) if options.only in run.name]
-    left = [run for run in runs if not (options.results / f"{run.name}.json").exists()]
+    queue = read_queue(options.queue)
     if options.list:
-        for one in runs:
-            print(f"{'to do' if one in left else 'done '}  {one.name}  {one.label}")
+        for one in _named(queue, options):
+            done = one.result(options.results)
+            told = "to do" if done is None else f"{done['valid']['seen_included/ndcg@10']:.4f}"
+            print(f"{told:6}  {one.name}  {one.label}")
         return 0
-    if options.data is None:
+    if options.data is None or not Path(options.data).is_dir():
         raise SystemExit("quality: --data (or RECGRELA_DATA) must name the folder of the logs")
     options.work.mkdir(parents=True, exist_ok=True)
-    with (options.work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"quality: another queue runs in {options.work}") from None
-        return _work_off(left, options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run's process ends too
+    return _work_off(queue, options)
 
 
-def _work_off(left: list[Run], options: Namespace) -> int:
-    start, failed = time.monotonic(), 0
-    for number, one in enumerate(left, start=1):
-        if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
-            print(f"quality: {len(left) - number + 1} runs are left for the next time")
+def _named(queue: Queue, options: Namespace) -> list[Run]:
+    runs = queue.runs(options.results)
+    return [one for one in runs if options.only in one.name or options.only in one.label]
+
+
+def _work_off(queue: Queue, options: Namespace) -> int:
+    """Looks again after every run: a row's last trial decides which setting gets more seeds."""
+    start, failed = time.monotonic(), set()
+    while True:
+        runs = _named(queue, options)
+        left = [one for one in runs if one.result(options.results) is None]
+        todo = [one for one in left if one.name not in failed]
+        if not todo:
             break
-        print(f"[{number}/{len(left)}] {one.name}  {one.label}", flush=True)
-        note(options.results, one, "begin", **_settings(one))
-        order = {"run": asdict(one), "data": str(options.data),
-                 "work": str(options.work / one.name),
-                 "results": str(options.results), "threads": options.threads}  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.quality_run", json.dumps(order)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        if code != 0:
-            failed += 1
-            note(options.results, one, "failed", code=code)
+        if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+            print(f"quality: {len(todo)} runs are left for the next time")
+            break
+        for one in todo:
+            lock = _claim(options.work, one)
+            if lock is not None:
+                break
+        else:
+            print(f"quality: {len(todo)} runs are left, and others are at work on them")
+            break
+        with lock:
+            print(f"[{len(runs) - len(left) + 1}/{len(runs)}] {one.name}  {one.label}", flush=True)
+            if one.result(options.results) is None and not _process(one, options, lock):
+                failed.add(one.name)
     return 1 if failed else 0
 
 
-def _settings(one: Run) -> dict[str, Any]:
-    return {"config": one.config, "train": one.train, "limits": one.limits}
+def _claim(work: Path, one: Run) -> IO[str] | None:
+    """An open file that holds the lock of a run, or None when another process has it."""
+    lock = (work / f"{one.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _process(one: Run, options: Namespace, lock: IO[str]) -> bool:
+    """Trains and ranks in a process that holds the lock too, should this one be killed."""
+    settings = {"config": one.config, "train": one.train, "limits": one.limits}
+    note(options.results, one, "begin", **settings)
+    order = {"run": asdict(one), "data": str(options.data), "work": str(options.work / one.name),
+             "results": str(options.results), "threads": options.threads}  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.quality_run", json.dumps(order)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    code = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, pass_fds=[lock.fileno()]
+    ).returncode
+    if code != 0:
+        note(options.results, one, "failed", code=code)
+    return code == 0

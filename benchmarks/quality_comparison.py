@@ -1,103 +1,208 @@
-"""README's comparison of models on one test, from the results of a quality queue."""
+"""README's tables of quality: what the queues ask for, as far as their runs are done.
+
+A queue of counting models alone becomes one table with a line per test. A queue with the table
+"comparison" becomes a table per test: per row the setting that is best on validation, with all its
+seeds, and the difference of the first row of ours less the others. One with the table "screen"
+becomes a list of settings and what they reached on validation; no test figure is shown there, so
+that none is chosen by it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import COUNTING
-from benchmarks.quality_tests import Difference, holm, paired_difference
+from benchmarks.quality_queue import COUNTING, Queue, Row, Run, read_queue
+from benchmarks.quality_tests import TIE, Difference, holm, paired_difference
 from recgrela_ext.evaluation.metrics import ndcg_at_k
 
 OURS = "RecGRELA"
 VIEWS = ("seen_included", "seen_excluded")
-NONE_YET = "No run of a quality queue is committed yet."
+PROTOCOL = f"""\
+Every model is trained by `fit` on the same batches and ranked by the same code among all items;
+seen items stay in the ranking, or ("unseen") are left out of it. The setting of a row is the best
+of its trials on validation (learning rate x dropout, the same number of targets and the same
+patience for all), and is then run with more seeds, and for longer where the table says so. A
+difference is that of the first row less this one: the mean over users of NDCG@10 averaged over
+seeds, its 95 % interval from a bootstrap over users and seeds, paired by user, and p after Holm.
+Differences below {TIE} are called a tie, as are those whose interval holds 0."""
+NONE_YET = "No model has been trained by a quality queue yet."
+SCREENS = """\
+One change of the recipe at a time, judged on validation; no test figure is shown, so that none is
+chosen by it. One seed each: a change is believed after two. Loss is that of the last epoch's
+training and is comparable between rows of the same loss alone."""
+COMMAND = "python -m benchmarks readme"
 
 
 class Setting:
-    """All seeds of one run: their results, and NDCG@10 by seed and user."""
+    """All seeds of the chosen setting of a row: their results, and NDCG@10 by seed and user."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        self.label = str(self.results[0]["label"])
-        self.model = str(self.results[0]["model"])
-        ranks = [np.load(path.with_suffix(".npz"), allow_pickle=False) for path in paths]
-        orders = [np.argsort(rank["user"], kind="stable") for rank in ranks]
-        self.ndcg = {
-            view: np.stack(
-                [ndcg_at_k(r[view][order], 10) for r, order in zip(ranks, orders, strict=True)]
-            )
-            for view in VIEWS
-        }
+    def __init__(self, row: Row, runs: list[Run], results: Path) -> None:
+        self.row = row
+        found = [run.result(results) for run in runs]
+        self.results: list[dict[str, Any]] = [result for result in found if result is not None]
+        self.model = runs[0].model
+        self.done = sum(run.result(results) is not None for run in row.trials)
+        self.ndcg = {view: [] for view in VIEWS}
+        for run in runs:
+            with np.load(results / f"{run.name}.npz", allow_pickle=False) as ranks:
+                for view in VIEWS:
+                    self.ndcg[view].append(_by_user(ranks, view))
 
     def mean(self, metric: str) -> tuple[float, float]:
         """Mean over the seeds, and their standard deviation (0 for one seed)."""
         values = [result["mean"][metric] for result in self.results]
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
-    @property
-    def valid(self) -> float:
-        """Mean NDCG@10 on validation, the only figure a setting may be chosen by."""
-        return float(np.mean([r["valid"]["seen_included/ndcg@10"] for r in self.results]))
+
+def _by_user(ranks: Any, view: str) -> np.ndarray:
+    """NDCG@10 of each user, the mean over the user's targets."""
+    values = ndcg_at_k(ranks[view].astype(np.int64), 10)
+    if "user" not in ranks:
+        return values
+    _, index = np.unique(ranks["user"], return_inverse=True)
+    sums: np.ndarray = np.bincount(index, values) / np.bincount(index)
+    return sums
 
 
-def load_settings(folder: Path) -> dict[tuple[str, str, str], list[Setting]]:
-    """Per (data, order, targets' sha256), its settings."""
-    grouped: dict[tuple[str, str, str, str], list[Path]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        key = result["data"], result["order"], result["target_sha256"], result["setting"]
-        grouped.setdefault(key, []).append(path)
-    tests: dict[tuple[str, str, str], list[Setting]] = {}
-    for (data, order, sha256, _), paths in grouped.items():
-        tests.setdefault((data, order, sha256), []).append(Setting(paths))
-    return tests
-
-
-def chosen(settings: list[Setting]) -> list[Setting]:
-    """Per model the setting that is best on validation; ours first, counting last."""
-    best: dict[str, Setting] = {}
-    for setting in settings:
-        if setting.model not in best or setting.valid > best[setting.model].valid:
-            best[setting.model] = setting
-    return sorted(best.values(), key=lambda s: (s.model != OURS, s.model in COUNTING, s.model))
+def settings_of(rows: list[Row], results: Path) -> list[Setting]:
+    """Of the rows with a setting that is done."""
+    runs = [(row, row.chosen_runs(results)) for row in rows]
+    return [Setting(row, done, results) for row, done in runs if done]
 
 
 def compare(ours: Setting, others: list[Setting], view: str) -> list[Difference]:
     """Of NDCG@10, ours less theirs; p corrected over the others."""
-    found = [paired_difference(ours.ndcg[view], other.ndcg[view]) for other in others]
+    mine = np.stack(ours.ndcg[view])
+    found = [paired_difference(mine, np.stack(other.ndcg[view])) for other in others]
     corrected = holm([one.p for one in found])
     return [dataclasses.replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
 
-def section(folder: Path) -> str:
-    """Markdown: a table a test."""
-    tests = load_settings(folder) if folder.exists() else {}
-    return "\n\n".join(_table(*key, chosen(found)) for key, found in tests.items()) or NONE_YET
+def section(queues: Path, results: Path) -> str:
+    """Markdown for README: counting models on every test, and comparisons with a trained one."""
+    read = [queue for queue in _read(queues) if queue.table == "comparison"]
+    counted = [part for queue in read if _counts(queue) for part in counting(queue, results)]
+    trained = [part for queue in read if not _counts(queue) for part in comparison(queue, results)]
+    if not trained:
+        return "\n\n".join([*counted, NONE_YET])
+    return "\n\n".join([*counted, PROTOCOL, *trained])
 
 
-def _table(data: str, order: str, sha256: str, models: list[Setting]) -> str:
-    users = models[0].ndcg[VIEWS[0]].shape[1]
-    lines = [
-        f"**{data}**, order `{order}`, leave-one-out: {users:,} users, targets' sha256 "
-        f"`{sha256[:12]}`; the setting of each model chosen on validation",
-        "",
-        "| | seeds | NDCG@10 | ours less this | p | NDCG@10, unseen | ours less this | p |",
-        "|---|---|---|---|---|---|---|---|",
+def page(queues: Path, results: Path) -> str:
+    """The page beside the results: all of README's tables, and the screens."""
+    screens = [part for queue in _read(queues) if queue.table == "screen"
+               for part in screen(queue, results)]  # fmt: skip
+    parts = [
+        "# Results of the quality queues",
+        f"Written by `{COMMAND}`.",
+        section(queues, results),
     ]
-    others = models[1:] if models[0].model == OURS else []
-    differences = {view: compare(models[0], others, view) for view in VIEWS} if others else {}
-    for number, setting in enumerate(models):
-        cells = [setting.label, str(len(setting.results))]
+    if screens:
+        parts += ["## Screens", SCREENS, *screens]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(queues: Path) -> list[Queue]:
+    return [read_queue(path) for path in sorted(queues.glob("*.json"))]
+
+
+def _counts(queue: Queue) -> bool:
+    return all(row.trials[0].model in COUNTING for row in queue.rows)
+
+
+def counting(queue: Queue, results: Path) -> list[str]:
+    """One table, a line per test: NDCG@10 of every model, both views."""
+    models = list({row.label: None for row in queue.rows})
+    lines = []
+    for rows in _by_test(queue).values():
+        found = {row.label: row.trials[0].result(results) for row in rows}
+        if None not in found.values():
+            cells = [_where(rows[0].trials[0], found[rows[0].label])]
+            for model in models:
+                mean = found[model]["mean"]
+                cells.append(" / ".join(f"{mean[f'{view}/ndcg@10']:.4f}" for view in VIEWS))
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = [
+        f"| NDCG@10, seen items in / out | {' | '.join(models)} |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    return ["\n".join([f"**{queue.title}**, test targets", "", *head, *lines])]
+
+
+def comparison(queue: Queue, results: Path) -> list[str]:
+    """A table per test, for those with a model that was trained."""
+    tables = []
+    for rows in _by_test(queue).values():
+        done = settings_of(rows, results)
+        if any(setting.model not in COUNTING for setting in done):
+            tables.append(_table(queue, rows, done, results))
+    return tables
+
+
+def _by_test(queue: Queue) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in queue.rows:
+        found.setdefault(row.trials[0].test, []).append(row)
+    return found
+
+
+def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) -> str:
+    lines = [
+        _heading(queue, rows[0].trials[0], done[0].results[0]),
+        "",
+        "| | trials | seeds | NDCG@10 | first less this | | p | NDCG@10, unseen | first less this "
+        "| | p |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ours = next((s for s in done if s.model == OURS), None)
+    others = [s for s in done if s is not ours]
+    differences = {view: compare(ours, others, view) for view in VIEWS} if ours else {}
+    for setting in [ours, *others] if ours else others:
+        assert setting is not None
+        trials = f"{setting.done}/{len(setting.row.trials)}"
+        cells = [setting.row.label, trials, str(len(setting.results))]
         for view in VIEWS:
             cells.append(_figure(*setting.mean(f"{view}/ndcg@10"), len(setting.results)))
-            other = differences[view][number - 1] if differences and number else None
-            cells += _difference(other)
+            told = differences and setting is not ours
+            cells += _difference(differences[view][others.index(setting)] if told else None)
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *([queue.note, ""] if queue.note else []), _not_run(rows, done, results)]
     return "\n".join(lines)
+
+
+def _heading(queue: Queue, run: Run, result: dict[str, Any]) -> str:
+    return f"**{queue.title}**: {_where(run, result)}, sha256 `{run.target_sha256[:12]}`"
+
+
+def _where(run: Run, result: dict[str, Any]) -> str:
+    """Data, order, split and counts."""
+    left_out = ", ".join(f"{n:,} {what.replace('_', ' ')}"
+                         for what, n in result["left_out"].items() if n)  # fmt: skip
+    return (
+        f"{run.data}, order `{run.order}`, "
+        + ("leave-one-out" if run.split == "leave_one_out" else "global split by time, 80/10/10")
+        + f", {result['targets']:,} targets of {result['users']:,} users among "
+        f"{result['n_items'] - 1:,} items" + (f" (left out: {left_out})" if left_out else "")
+    )
+
+
+def _not_run(rows: list[Row], done: list[Setting], results: Path) -> str:
+    shown = [setting.row for setting in done]
+    missing = [row.label for row in rows if row not in shown]
+    runs = {run.name: run for row in rows for run in row.runs(results)}.values()
+    left = sum(run.result(results) is None for run in runs)
+    more = sum(row.final_count() for row in rows
+               if any(run.result(results) is None for run in row.trials))  # fmt: skip
+    told = f"{left + more} runs of this table have not been made"
+    if missing:
+        told += f", none of {', '.join(missing)}"
+    return told + "." if left + more else "All runs of this table have been made."
 
 
 def _figure(mean: float, deviation: float, seeds: int) -> str:
@@ -106,5 +211,38 @@ def _figure(mean: float, deviation: float, seeds: int) -> str:
 
 def _difference(found: Difference | None) -> list[str]:
     if found is None:
-        return ["", ""]
-    return [f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})", f"{found.p:.3f}"]
+        return ["", "", ""]
+    value = f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+    return [value, found.verdict, f"{found.p:.3f}"]
+
+
+def screen(queue: Queue, results: Path) -> list[str]:
+    """One table: settings in the queue's order, each seed's figures averaged; validation alone."""
+    lines = [
+        "| | seeds | epochs | loss | NDCG@10 | NDCG@10, unseen | processor minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in queue.rows:
+        found = [r for run in row.trials if (r := run.result(results)) is not None]
+        if found:
+            lines.append(f"| {' | '.join([row.label, *_screened(found)])} |")
+    if len(lines) == 2:
+        return []
+    run = queue.rows[0].trials[0]
+    left = sum(one.result(results) is None for row in queue.rows for one in row.trials)
+    heading = f"**{queue.title}**: {run.data}, order `{run.order}`, figures of validation"
+    tail = f"{left} runs of this table have not been made." if left else ""
+    return ["\n".join([heading, "", *lines, *(["", tail] if tail else [])])]
+
+
+def _screened(found: list[dict[str, Any]]) -> list[str]:
+    last = [result["curve"][-1] if result["curve"] else None for result in found]
+    losses = [point["loss"] for point in last if point]
+    minutes = [result.get("training_cpu_seconds", 0.0) / 60 for result in found]
+    return [
+        str(len(found)),
+        "/".join(str(result.get("epochs", "")) for result in found),
+        f"{np.mean(losses):.3f}" if losses else "",
+        *(f"{np.mean([r['valid'][f'{view}/ndcg@10'] for r in found]):.4f}" for view in VIEWS),
+        f"{np.mean(minutes):.0f}",
+    ]

@@ -1,4 +1,6 @@
-"""Writes the measured parts of README.md, between their markers, from benchmarks/results/*.json."""
+"""Writes the measured parts of README.md, between their markers, from benchmarks/results, and the
+page of all quality queues beside their results.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import memory_tables, quality_tables, speed_tables, stack_tables
+from benchmarks import (
+    memory_tables,
+    quality_comparison,
+    quality_tables,
+    speed_tables,
+    stack_tables,
+)
+from benchmarks.quality import QUEUES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,6 +31,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "memory": memory_tables.section,
     "stacks": lambda folder: stack_tables.section(stack_tables.load_results(folder)),
     "results": lambda folder: quality_tables.section(quality_tables.load_results(folder)),
+    "quality": lambda folder: quality_comparison.section(QUEUES, folder / "quality"),
     "speed on a CPU": _speed("cpu"),
     "speed on a GPU": _speed("cuda"),
 }
@@ -35,17 +45,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Rewrites or checks; returns the exit code."""
-    old = options.readme.read_text(encoding="utf-8")
-    new = old
+    readme = options.readme.read_text(encoding="utf-8")
     for name, text_of in SECTIONS.items():
-        new = replace_section(new, name, text_of(options.results))
-    if new == old:
-        return 0
-    if options.check:
-        print(f"{options.readme} is out of date: run {COMMAND}")
-        return 1
-    options.readme.write_text(new, encoding="utf-8")
-    return 0
+        readme = replace_section(readme, name, text_of(options.results))
+    pages = {options.readme: readme}
+    quality = options.results / "quality"
+    if quality.is_dir():
+        pages[quality / "README.md"] = quality_comparison.page(QUEUES, quality)
+    old = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
+    changed = [page for page, text in pages.items() if text != old[page]]
+    for page in changed:
+        if options.check:
+            print(f"{page} is out of date: run {COMMAND}")
+        else:
+            page.write_text(pages[page], encoding="utf-8")
+    return 1 if changed and options.check else 0
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import torch
 _CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "objective": ("auto", "dense", "prefix"),
-    "loss": ("softmax", "sampled", "bpr"),
+    "loss": ("softmax", "unseen", "sampled", "bpr"),
     "negatives": ("uniform", "popularity", "in_batch"),
     "amp": (None, "bfloat16", "float16"),
 }
@@ -40,8 +40,9 @@ class TrainConfig:
     step of more than `positions_per_pass` items is accumulated over several passes, with the same
     result.
 
-    Loss: "softmax" over all items; "sampled" with `num_negatives` shared items and logQ; "bpr".
-    `negatives` and `negative_power`: see `losses.NegativeSampler`.
+    Loss: "softmax" over all items; "unseen": over the target and what the user has not seen before,
+    for rankings that leave seen items out; "sampled" with `num_negatives` shared items and logQ;
+    "bpr". `negatives` and `negative_power`: see `losses.NegativeSampler`.
 
     Selection: every `eval_every` epochs the validation `metric` is taken; after `patience` such
     evaluations without a better one the run ends (None: never). The best weights are kept.
@@ -171,6 +172,8 @@ class FitResult:
         stopped: "epochs", "steps", "minutes" or "patience".
         best_metric, best_epoch, best_step: of the validation metric; None without validation.
         history: one dict per epoch, as in the log file.
+        cpu_seconds: processor time of all threads in `seconds`; unlike it, little changed by other
+            work on the machine.
     """
 
     epochs: int
@@ -182,6 +185,7 @@ class FitResult:
     best_epoch: int | None = None
     best_step: int | None = None
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 def _require(holds: bool, name: str, condition: str, value: object) -> None:

@@ -14,6 +14,7 @@ from recgrela_ext.data.sequences import Sequences
 from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.training.config import TrainConfig
 from recgrela_ext.training.losses import NegativeSampler, bpr_loss, sampled_softmax_loss
+from recgrela_ext.training.seen import LeaveOutSeen, adjusted_softmax_loss, first_places
 from recgrela_ext.training.windows import Batch
 
 
@@ -37,7 +38,8 @@ class Stepper:
             {name: p.detach().clone() for name, p in self._parameters.items()} if config.ema else {}
         )
         self._sampler: NegativeSampler | None = None
-        if config.loss != "softmax":
+        self._log = (train.items, train.offsets)
+        if config.loss in ("sampled", "bpr"):
             counts = np.bincount(train.items, minlength=train.n_items)
             self._sampler = NegativeSampler(
                 train.n_items, config.negatives, counts, config.negative_power
@@ -87,6 +89,10 @@ class Stepper:
                     return loss
                 hidden, targets = model.encode(item_seq, lengths).flatten(0, 1), targets.flatten()
             table = _table(model)
+            if self.config.loss == "unseen":
+                length = None if self.packed else item_seq.shape[1]
+                seen = self._seen(batch, length, len(table))
+                return adjusted_softmax_loss(hidden, table, targets, seen, self._padding_idx)
             if self._sampler is None:
                 return softmax_loss(
                     hidden, table, targets, self._padding_idx, not self._attend_padding
@@ -97,6 +103,20 @@ class Stepper:
             return sampled_softmax_loss(
                 hidden, table, targets, self._sampler, count, self._padding_idx
             )
+
+    def _seen(self, batch: Batch, length: int | None, n_items: int) -> LeaveOutSeen:
+        """For rows back to back, or padded to `length`."""
+        device = self.device
+        first = torch.from_numpy(first_places(batch, *self._log, n_items)).to(device)
+        bounds = torch.from_numpy(batch.cu_seqlens).to(device)
+        windows = torch.arange(len(bounds) - 1, device=device)
+        if length is None:
+            window = windows.repeat_interleave(bounds.diff())
+            place = torch.arange(len(window), device=device) - bounds[window]
+        else:
+            window = windows.repeat_interleave(length)
+            place = torch.arange(length, device=device).repeat(len(windows))
+        return LeaveOutSeen(first, window, place)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

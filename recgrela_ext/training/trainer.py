@@ -103,6 +103,7 @@ class _Position:
     step: int = 0
     targets: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     epoch_loss: float = 0.0  # summed over the targets of the epoch so far
     epoch_targets: int = 0
     epoch_seconds: float = 0.0
@@ -194,8 +195,9 @@ class _Run:
         self.model.load_state_dict(weights)
         self.model.eval()
         best = (at.best_metric, at.best_epoch, at.best_step)
+        cpu = at.cpu_seconds
         stopped = self.stopped() or ""
-        return FitResult(at.epoch, at.step, at.targets, at.seconds, stopped, *best, at.history)
+        return FitResult(at.epoch, at.step, at.targets, at.seconds, stopped, *best, at.history, cpu)
 
     def save(self) -> None:
         """Writes a checkpoint of this moment."""
@@ -217,7 +219,7 @@ class _Run:
 
     def _step(self, plan: EpochPlan) -> None:
         at = self.at
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         batch = plan[at.step_in_epoch]
         rate = self.config.learning_rate(at.step, self._progress(len(plan)))
         loss = self.stepper.step(batch, at.step, rate)
@@ -231,6 +233,7 @@ class _Run:
             self._read_losses()  # on a GPU this waits for the step
         elapsed = time.perf_counter() - start
         at.seconds += elapsed
+        at.cpu_seconds += time.process_time() - cpu_start
         at.epoch_seconds += elapsed
         if due:
             speed = at.epoch_targets / max(at.epoch_seconds, 1e-9)
@@ -300,6 +303,7 @@ class _Run:
             "targets_per_second": at.epoch_targets / max(at.epoch_seconds, 1e-9),
             "epoch_seconds": at.epoch_seconds,
             "seconds": at.seconds,
+            "cpu_seconds": at.cpu_seconds,
         }
         due = (whole and epoch % self.config.eval_every == 0) or self.stopped() is not None
         if self.valid is not None and due and at.evaluated_step != at.step:

@@ -8,6 +8,7 @@ before its step comes. A plan depends on (seed, epoch) alone, so a restart finds
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +30,7 @@ class Batch:
         cu_seqlens: int64 `[B + 1]`, bounds of the windows in `items`.
         num_targets: positions with a loss.
         padding_idx: the padding item.
+        start: int64 `[B]`, where in the log each window begins; empty for made-up batches.
     """
 
     items: np.ndarray
@@ -36,6 +38,7 @@ class Batch:
     cu_seqlens: np.ndarray
     num_targets: int
     padding_idx: int = 0
+    start: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     def packed(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """`items [T]`, `cu_seqlens [B + 1]` and `targets [T]` as int64 tensors."""
@@ -78,6 +81,7 @@ class Batch:
                     self.cu_seqlens[first : last + 1] - begin,
                     int(np.count_nonzero(targets != self.padding_idx)),
                     self.padding_idx,
+                    self.start[first:last],
                 )
             )
         return pieces
@@ -126,6 +130,7 @@ class EpochPlan:
             cu_seqlens,
             int(has_loss.sum()),
             self._padding_idx,
+            end - width,
         )
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality_comparison
+from benchmarks import quality, quality_comparison
 from benchmarks.__main__ import main
 from benchmarks.item_knn import ItemKNN
-from benchmarks.quality import QUEUE, read_queue
+from benchmarks.quality import QUEUES
+from benchmarks.quality_queue import read_queue
 from benchmarks.quality_tests import holm, paired_difference
 from recgrela_ext import Interactions
+from recgrela_ext.evaluation.metrics import ndcg_at_k
 from tests.integrations.walks import write_inter
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -29,12 +39,12 @@ def folder(tmp_path: Path) -> Path:
     few = {"data": "walks", "order": "file"}
     queue = {
         "targets": {"walks": {"file": sha256}},
-        "recipe": {"lr": 0.01},
-        "limits": {"epochs": 1},
+        "defaults": {"train": {"lr": 0.01}, "limits": {"epochs": 1}},
         "runs": [
             {"model": "Markov", "seeds": [0], **few},
             {"model": "ItemKNN", "seeds": [0], **few},
-            {"model": "RecGRELA", "label": "ours", "seeds": [0, 1],
+            {"model": "RecGRELA", "label": "ours", "seeds": [0],
+             "grid": {"config.dropout": [0.0, 0.2]}, "then_seeds": [1],
              "config": {"hidden_size": 8, "num_layers": 1, "num_heads": 1}, **few},
         ],
     }  # fmt: skip
@@ -53,24 +63,136 @@ def test_queue_runs_and_goes_on(folder: Path, capfd: pytest.CaptureFixture[str])
     assert len(list((folder / "results").glob("*.json"))) == 1
     assert command(folder) == 0
     results = sorted((folder / "results").glob("*.json"))
-    assert len(results) == 4
+    assert len(results) == 5
     stamps = [path.stat().st_mtime_ns for path in results]
     assert command(folder) == 0  # nothing is left to do
     assert [path.stat().st_mtime_ns for path in results] == stamps
     lines = (folder / "results" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
-    assert events == ["begin", "done"] * 4
+    assert events == ["begin", "done"] * 5
     ours = [json.loads(path.read_text()) for path in results if "recgrela" in path.name]
-    assert [one["seeds"] for one in ours] == [[0], [1]]
-    assert ours[0]["setting"] == ours[1]["setting"]
-    with np.load(results[0].with_suffix(".npz"), allow_pickle=False) as ranks:
-        assert len(ranks["user"]) == ours[0]["targets"]
+    trials = {one["setting"]: one for one in ours if one["seeds"] == [0]}
+    more = next(one for one in ours if one["seeds"] == [1])
+    best = max(trials.values(), key=lambda one: one["valid"]["seen_included/ndcg@10"])
+    assert more["setting"] == best["setting"]
+    assert all(one["curve"][-1]["epoch"] == one["epochs"] == 1 for one in ours)
+    assert not any((folder / "work").glob("*/"))  # the checkpoints of finished runs are gone
+    ranks = np.load(next(folder.glob("results/*itemknn*.npz")), allow_pickle=False)
+    known = json.loads(next(folder.glob("results/*itemknn*.json")).read_text())
+    assert ndcg_at_k(ranks["seen_included"], 10).mean() == pytest.approx(
+        known["mean"]["seen_included/ndcg@10"]
+    )
     capfd.readouterr()
     assert command(folder, "--list") == 0
-    assert capfd.readouterr().out.count("done ") == 4
-    table = quality_comparison.section(folder / "results")
-    assert "| ours | 2 |" in table
-    assert table.index("| ours") < table.index("| ItemKNN") < table.index("| Markov")
+    assert capfd.readouterr().out.count("to do") == 0
+    table = quality_comparison.section(folder, folder / "results")
+    assert "| ours | 2/2 | 2 |" in table
+    assert "All runs of this table have been made." in table
+    assert table.index("| ours") < table.index("| Markov") < table.index("| ItemKNN")
+
+
+def test_a_table_says_what_is_missing(folder: Path) -> None:
+    assert command(folder, "--only", "markov") == 0
+    assert quality_comparison.section(folder, folder / "results") == quality_comparison.NONE_YET
+    assert command(folder, "--only", "recgrela") == 0
+    table = quality_comparison.section(folder, folder / "results")
+    assert "1 runs of this table have not been made, none of ItemKNN." in table
+
+
+def test_short_trials_and_long_runs_of_the_best(folder: Path) -> None:
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = queue["runs"][2:]
+    queue["defaults"] |= {"final_limits": {"epochs": 2}}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert command(folder) == 0
+    found = [json.loads(path.read_text()) for path in folder.glob("results/*.json")]
+    trials, long = ([one for one in found if one["epochs"] == n] for n in (1, 2))
+    assert sorted(one["seeds"] for one in trials) == [[0], [0]]
+    assert sorted(one["seeds"] for one in long) == [[0], [1]]
+    best = max(trials, key=lambda one: one["valid"]["seen_included/ndcg@10"])
+    assert all(one["config"] == best["config"] for one in long)
+    assert all(one["setting"] != best["setting"] for one in long)
+    (row,) = read_queue(folder / "queue.json").rows
+    assert {run.seed: run.setting for run in row.chosen_runs(folder / "results")} == {
+        one["seeds"][0]: one["setting"] for one in long
+    }
+
+
+def test_counting_models_share_a_table(folder: Path) -> None:
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = queue["runs"][:2]
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert command(folder) == 0
+    text = quality_comparison.section(folder, folder / "results")
+    assert "| Markov | ItemKNN |" in text
+    markov = json.loads(next(folder.glob("results/*markov*.json")).read_text())["mean"]
+    views = (markov[f"{view}/ndcg@10"] for view in quality_comparison.VIEWS)
+    assert "| {:.4f} / {:.4f} |".format(*views) in text
+
+
+def test_a_screen_shows_validation_alone(folder: Path) -> None:
+    queue = json.loads((folder / "queue.json").read_text()) | {"table": "screen", "title": "tries"}
+    queue["runs"] = queue["runs"][2:]
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert command(folder) == 0
+    table = quality_comparison.page(folder, folder / "results")
+    found = [json.loads(path.read_text()) for path in folder.glob("results/*-s0.json")]
+    mean = np.mean([one["valid"]["seen_excluded/ndcg@10"] for one in found])
+    assert "| ours | 2 | 1/1 |" in table
+    assert f"| {mean:.4f} |" in table
+    test = found[0]["mean"]["seen_included/ndcg@10"]
+    assert f"{test:.4f}" not in table.replace(
+        f"{found[0]['valid']['seen_included/ndcg@10']:.4f}", ""
+    )
+
+
+def test_a_run_that_was_killed_goes_on(folder: Path) -> None:
+    """SIGKILL to the queue and to its training; the next command ends the same run."""
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = queue["runs"][2:]
+    queue["defaults"]["limits"]["epochs"] = 2000
+    queue["defaults"]["train"] |= {"targets_per_step": 50, "patience": None}
+    queue["runs"][0] |= {"grid": {}, "then_seeds": []}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    arguments = ["quality", "--queue", str(folder / "queue.json"), "--data", str(folder / "data"),
+                 "--work", str(folder / "work"), "--results", str(folder / "results"),
+                 "--threads", "1"]  # fmt: skip
+    with subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT,
+                          start_new_session=True) as process:  # fmt: skip
+        wait_for(lambda: any(folder.glob("work/*/step-*")))
+        steps = [int(path.name[5:]) for path in folder.glob("work/*/step-*")]
+        os.killpg(process.pid, signal.SIGKILL)
+    assert max(steps) >= 0
+    assert not list(folder.glob("results/*.json"))
+    run = read_queue(folder / "queue.json").rows[0].trials[0]
+    log = folder / "work" / run.name / "log.jsonl"
+    done = log.read_text().count("\n") if log.exists() else 0
+    with subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT) as process:
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > done)
+        assert json.loads(log.read_text().splitlines()[0])["epoch"] == 1
+        process.terminate()
+        assert process.wait(60) == 143
+    lock = quality._claim(folder / "work", run)
+    assert lock is not None, "a terminated queue must end its run"
+    lock.close()
+
+
+def test_two_queues_share_the_runs(folder: Path) -> None:
+    runs = read_queue(folder / "queue.json").runs(folder / "results")
+    (folder / "work").mkdir()
+    with quality._claim(folder / "work", runs[0]) as lock:
+        assert lock is not None
+        assert command(folder, "--only", "markov") == 0  # says that others are at work
+        assert not list(folder.glob("results/*.json"))
+    assert command(folder, "--only", "markov") == 0
+    assert len(list(folder.glob("results/*.json"))) == 1
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
 
 
 def test_other_targets_are_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +209,8 @@ def test_other_targets_are_refused(folder: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runs": [{"model": "Markov"}]}, "give data, order, seeds in run 1"),
+        ({"runs": [{"model": "Markov"}]}, "give data, order in run 1"),
+        ({"runs": [{"model": "SASRec"}]}, "give data, order, seeds in run 1"),
         ({"runs": [{"model": "x", "data": "d", "order": "o", "seeds": [0]}]}, "targets' sha256"),
         ({"runs": [{"modle": "x"}]}, "known fields in run 1, got modle"),
         ({"targets": None}, "hold targets and runs"),
@@ -103,8 +226,28 @@ def test_bad_queues(tmp_path: Path, change: dict[str, Any], message: str) -> Non
         read_queue(path)
 
 
-def test_committed_queue_can_be_read() -> None:
-    assert {run.data for run in read_queue(QUEUE)} == {"ml-1m"}
+@pytest.mark.parametrize("path", sorted(QUEUES.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_queues_can_be_read(path: Path) -> None:
+    assert {run.data for run in read_queue(path).runs(quality.RESULTS)}
+
+
+def test_committed_results_belong_to_a_queue_and_hold_no_path() -> None:
+    known: set[str] = set()
+    for path in QUEUES.glob("*.json"):
+        known |= {run.name for run in read_queue(path).runs(quality.RESULTS)}
+    found = sorted(quality.RESULTS.glob("*.json"))
+    assert found
+    for path in found:
+        assert path.stem in known
+        assert path.with_suffix(".npz").exists()
+        result = json.loads(path.read_text())
+        assert not any(isinstance(v, str) and v.startswith("/") for v in _leaves(result))
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for one in value.values() for leaf in _leaves(one)]
+    return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, list) else [value]
 
 
 def test_paired_difference() -> None:

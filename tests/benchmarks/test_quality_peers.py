@@ -1,0 +1,103 @@
+"""The models that only the quality tables have, against what is written down about them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.peer_models import HEADS, WIDTH, PeerConfig
+from benchmarks.quality_peers import LinearAttentionBlock, LinRec, Mamba4Rec, Scan, SelectiveBlock
+from recgrela_ext import RecGRELA, RecGRELAConfig
+from tests.tolerance import assert_same_history
+
+N_ITEMS = 50
+
+
+@pytest.fixture(params=[LinRec, Mamba4Rec])
+def peer(request: pytest.FixtureRequest) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = request.param(PeerConfig(N_ITEMS, max_seq_len=64))
+    for parameter in model.parameters():  # weights large enough for an error to be seen
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def items(length: int, batch: int = 3) -> torch.Tensor:
+    return torch.randint(1, N_ITEMS, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_later_items_change_nothing_before(peer) -> None:
+    history = items(20)
+    other = history.clone()
+    other[:, 12:] = 1
+    with torch.no_grad():
+        before, after = peer.encode(history), peer.encode(other)
+    assert_same_history("prefix", before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_forward_is_a_row_of_encode(peer) -> None:
+    history, lengths = items(20), torch.tensor([20, 7, 1])
+    with torch.no_grad():
+        rows = peer.encode(history)[torch.arange(3), lengths - 1]
+        assert_same_history("forward", peer(history, lengths), rows)
+
+
+def test_every_weight_is_trained(peer) -> None:
+    history = items(20)
+    peer.loss(history, torch.full((3,), 20), history.flip(1)).backward()
+    for name, parameter in peer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("model", [LinRec, Mamba4Rec])
+def test_parameters_are_near_ours(model) -> None:
+    ours = RecGRELA(RecGRELAConfig(n_items=N_ITEMS))
+    wanted = sum(p.numel() for p in ours.parameters()) - ours.item_embedding.weight.numel()
+    assert abs(model(PeerConfig(N_ITEMS)).body_parameters() / wanted - 1) < 0.1
+
+
+def test_linear_attention_equals_its_running_sums() -> None:
+    torch.manual_seed(0)
+    block = LinearAttentionBlock(8, 0.0).double()
+    x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    heads = block.qkv(block.norm(x)).view(2, 9, 3, HEADS, -1)
+    state = torch.zeros(2, HEADS, WIDTH // HEADS, WIDTH // HEADS, dtype=torch.float64)
+    for t in range(9):
+        q, k, v = heads[:, t].unbind(1)
+        q, k = (F.elu(part) / F.elu(part).norm(dim=-1, keepdim=True) for part in (q, k))
+        state = state + k[..., :, None] * v[..., None, :]
+        y = (q[..., None] * state).sum(-2) / (WIDTH // HEADS) ** 0.5
+        expected = block.pointwise(x[:, t] + block.out(y.flatten(1)))
+        torch.testing.assert_close(block(x)[:, t], expected)
+
+
+def test_scan_gradients() -> None:
+    torch.manual_seed(0)
+    shapes = (2, 6, 3), (2, 6, 4), (2, 6, 4)
+    u, b, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    step = torch.rand(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    a = (-torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(Scan.apply, (u, step, a, b, c))
+
+
+def test_selective_block_is_the_recurrence_written_down() -> None:
+    torch.manual_seed(0)
+    block = SelectiveBlock(state=5).double()
+    x = torch.randn(1, 7, WIDTH, dtype=torch.float64)
+    u, gate = block.into(x[0]).chunk(2, -1)
+    padded = F.pad(u, (0, 0, 3, 0))
+    taps = block.conv.weight[:, 0]  # [inner, 4]
+    h = torch.zeros(u.shape[1], 5, dtype=torch.float64)
+    found = block(x)[0]
+    for t in range(7):
+        now = F.silu((padded[t : t + 4] * taps.t()).sum(0) + block.conv.bias)
+        low, b, c = block.select(now).split(block.sizes, -1)
+        step = F.softplus(block.step(low))
+        decay = torch.exp(-step[:, None] * torch.exp(block.log_decay))
+        h = decay * h + (step * now)[:, None] * b
+        y = (h @ c + block.skip * now) * F.silu(gate[t])
+        torch.testing.assert_close(found[t], block.out(y))
