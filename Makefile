@@ -11,8 +11,9 @@ TORCH_READY := $(VENV)/stamp-$(subst =,-,$(TORCH))
 INSTALLED := $(VENV)/stamp-installed
 DEV_READY := $(VENV)/stamp-dev
 TOOLS := build/tools
-# CI takes only files it knows by their hash. But for torch: which file that is depends on the index.
-PINNED := $(if $(CI),$(PIP) install -q --require-hashes --no-deps -r .ci/requirements.txt,@true)
+# With PINNED=1, as in CI, only files known by their hash are taken. But for torch: which file that is
+# depends on the index.
+PINS := $(if $(PINNED),$(PIP) install -q --require-hashes --no-deps -r .ci/requirements.txt,@true)
 BUILD_INPUTS := pyproject.toml setup.py recgrela_ext/version.py \
 	$(shell find build_backend csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -143,7 +144,7 @@ $(TORCH_READY): $(CREATED)
 	@touch $@
 
 $(INSTALLED): $(TORCH_READY) $(BUILD_INPUTS) $(wildcard .ci/requirements.txt)
-	$(PINNED)
+	$(PINS)
 	$(PIP) install -q -e '.[test]'
 	@touch $@
 

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
                                                     bool gradients);
 
 // [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2) of rows x [N, C], W1 [M, C], W2 [C, M], C
-// and M whole multiples of 64 bytes; pre = W1 x + b1 [N, M], empty unless save_for_backward. The
+// and M multiples of 16; pre = W1 x + b1 [N, M], empty unless save_for_backward. The
 // gradients: of x, W1, b1, W2, b2. float32 or float64, contiguous; dropout as activation_dropout.
 std::tuple<Tensor, Tensor> feed_forward_cpu(Tensor x, Tensor first_weight, Tensor first_bias,
                                             Tensor second_weight, Tensor second_bias,

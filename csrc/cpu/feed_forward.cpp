@@ -30,7 +30,9 @@ FeedForwardParams read_arguments(const char* op, const Tensor& x, const Tensor& 
   params.rows = x.size(0);
   params.width = x.size(1);
   params.inner = first_weight.size(0);
-  const int64_t whole = params.is_double ? 8 : 16;
+  // Whole vectors of every level; and tiles that begin where a block of the dropout does.
+  constexpr int64_t whole = kDropoutBlock / kTileRows;
+  static_assert(whole % 16 == 0);
   RECGRELA_CHECK(params.width > 0 && params.inner > 0 && params.width % whole == 0 &&
                      params.inner % whole == 0,
                  op, ": widths must be multiples of ", whole, ", got ", params.width, " and ",

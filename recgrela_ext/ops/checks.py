@@ -6,7 +6,6 @@ kernels, and here only where the plain PyTorch reference runs instead.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -84,9 +83,9 @@ def check_parameters(
         raise ValueError(f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}")
     _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
     check_same_device(op, "inv_freq", inv_freq, q)
-    whole = isinstance(eps, int) and eps < 2**63  # torch takes no larger one
-    if not ((isinstance(eps, float) or whole) and 0 <= eps < math.inf):
-        raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
+    # A large one times the number of keys would leave float32.
+    if not (isinstance(eps, (float, int)) and 0 <= eps <= 1):
+        raise ValueError(f"{op}: eps must be a number from 0 to 1, got {_shown(eps)}")
     if conv_weight is None:
         if conv_bias is not None:
             raise ValueError(f"{op}: conv_bias must be None without conv_weight, got a tensor")
@@ -197,11 +196,11 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
                 f"{op}: residual must be on the device of x, {x.device}, got {residual.device}"
             )
     if not isinstance(gelu, bool):
-        raise TypeError(f"{op}: gelu must be True or False, got {gelu!r}")
+        raise TypeError(f"{op}: gelu must be True or False, got {_shown(gelu)}")
     if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: p must lie in [0, 1), got {p!r}")
+        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{op}: seed must be an int, got {seed!r}")
+        raise TypeError(f"{op}: seed must be an int, got {_shown(seed)}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
 
@@ -250,16 +249,22 @@ def check_feed_forward(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}"
             )
     if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: p must lie in [0, 1), got {p!r}")
+        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
     for name, seed in (("inner_seed", inner_seed), ("outer_seed", outer_seed)):
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{op}: {name} must be an int, got {seed!r}")
+            raise TypeError(f"{op}: {name} must be an int, got {_shown(seed)}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{op}: {name} must fit in 64 bits, got {seed}")
 
 
 def check_softmax(
-    op: str, hidden: Any, table: Any, targets: Any, ignore_index: Any, exclude: Any
+    op: str,
+    hidden: Any,
+    table: Any,
+    targets: Any,
+    ignore_index: Any,
+    exclude: Any,
+    gradients: Any = True,
 ) -> None:
     """Every argument of softmax_loss; the values of targets where they can be read for nothing."""
     for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
@@ -282,7 +287,12 @@ def check_softmax(
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must have dtype int64, got {targets.dtype}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
+        raise TypeError(f"{op}: ignore_index must be an int, got {_shown(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit in 64 bits, got {ignore_index}")
+    for name, flag in (("exclude", exclude), ("gradients", gradients)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {type(flag).__name__}")
     if exclude and not 0 <= ignore_index < table.shape[0]:
         raise ValueError(
             f"{op}: ignore_index must be a row of table to be excluded, got {ignore_index}"
@@ -316,6 +326,11 @@ def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor 
                 f"{op}: cu_seqlens must end with the number of rows {q.shape[0]}, "
                 f"got {int(cu_seqlens[-1])}"
             )
+
+
+def _shown(x: Any) -> str:
+    """A wrong argument in one short line."""
+    return f"a {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
 
 
 def _is_fake(x: Tensor) -> bool:

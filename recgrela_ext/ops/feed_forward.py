@@ -16,7 +16,7 @@ from . import reference
 from .checks import check_feed_forward
 from .gated_rela import forward_mode, needs_gradient
 
-_LINE = 64  # bytes: the kernel's rows are whole vectors of every instruction set
+_WHOLE = 16  # of csrc/cpu/feed_forward.cpp: vectors and blocks of the dropout divide it
 
 
 def feed_forward(
@@ -43,7 +43,7 @@ def feed_forward(
 
     Returns:
         ``[N, C]``. Differentiable in every tensor, twice. On a CPU the kernel runs where C and M
-        are multiples of 64 bytes; the same bits for any number of threads.
+        are multiples of 16; the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.
@@ -66,8 +66,7 @@ def fits_kernel(x: Tensor, first_weight: Tensor) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.float64):
         return False
-    whole = _LINE // x.element_size()
-    return all(n > 0 and n % whole == 0 for n in first_weight.shape)
+    return all(n > 0 and n % _WHOLE == 0 for n in first_weight.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -55,7 +55,7 @@ def gated_rela(
         return_final_state: also return the state after the last item, a new tuple.
         causal: False is the published bidirectional form, in plain PyTorch on every device, without
             states.
-        eps: added to the normaliser, times the number of keys.
+        eps: added to the normaliser, times the number of keys; from 0 to 1.
 
     Returns:
         ``out`` in the shape and dtype of q, or ``(out, final_state)``. Sums are kept in float32 at

@@ -41,7 +41,7 @@ def softmax_loss(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.
     """
-    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude)
+    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude, gradients)
     hidden, table = hidden.detach(), table.detach()
     if hidden.device.type != "cpu" or not _library.has_kernels(hidden.device):
         return reference.softmax_loss(hidden, table, targets, ignore_index, exclude, gradients)

@@ -119,11 +119,16 @@ ARGUMENTS = [
     Bad(
         "inv_freq no tensor", given(inv_freq=1.0), "inv_freq must be a tensor, got float", TypeError
     ),
-    Bad("eps NaN", given(eps=math.nan), "eps must be a finite number of at least 0, got nan"),
-    Bad("eps infinite", given(eps=math.inf), "eps must be a finite number of at least 0, got inf"),
-    Bad("eps negative", given(eps=-1e-6), "eps must be a finite number of at least 0, got -1e-06"),
-    Bad("eps text", given(eps="1e-6"), "eps must be a finite number of at least 0, got '1e-6'"),
-    Bad("eps tensor", given(eps=torch.tensor(1e-6)), "eps must be a finite number of at least 0"),
+    Bad("eps NaN", given(eps=math.nan), "eps must be a number from 0 to 1, got nan"),
+    Bad("eps infinite", given(eps=math.inf), "eps must be a number from 0 to 1, got inf"),
+    Bad(
+        "eps that float32 cannot hold",
+        given(eps=1e300),
+        "eps must be a number from 0 to 1, got 1e+300",
+    ),
+    Bad("eps negative", given(eps=-1e-6), "eps must be a number from 0 to 1, got -1e-06"),
+    Bad("eps text", given(eps="1e-6"), "eps must be a number from 0 to 1, got '1e-6'"),
+    Bad("eps tensor", given(eps=torch.tensor(1e-6)), "eps must be a number from 0 to 1"),
 ]
 
 CONVOLUTION = [
