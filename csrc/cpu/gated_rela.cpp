@@ -40,7 +40,8 @@ Rotations make_rotations(const SequenceArgs& args, const Dims& d, GatedRelaParam
   const int64_t chunk = d.H * 2 * kChunk * padded_row(d.D, p.dtype);
   const int64_t bytes = chunk * (p.dtype == DType::kDouble ? 8 : 4);
   const int64_t longest = d.packed_items ? d.packed_items : d.L;
-  p.kept_chunks = d.B < 2 ? 0 : std::min((longest + kChunk - 1) / kChunk, kMostBytes / bytes);
+  const bool none = d.B < 2 || d.H == 0;
+  p.kept_chunks = none ? 0 : std::min((longest + kChunk - 1) / kChunk, kMostBytes / bytes);
   made.chunks = new_empty(args.q, {p.kept_chunks * chunk}, d.acc);
   p.rotations = made.chunks.mutable_data_ptr();
   kernels().rotation_tables(p);

@@ -60,8 +60,10 @@ RECGRELA_NOINLINE void exp_block(const SoftmaxLossParams& p, const LossTile<A>& 
   for (int64_t j = begin; j < end; ++j) {
     A* scores = tile.scores + j * kLossRows<A>;
     for (int v = 0; v < 2; ++v) {
-      const Vec<A> x = larger(splat(kLowest<A>), load_vector(scores + v * kLanes<A>) - largest[v]);
-      const Vec<A> e = j == p.masked ? zero_vector<A>() : exp_inside(x) + (x - x);
+      const Vec<A> below = load_vector(scores + v * kLanes<A>) - largest[v];
+      const Vec<A> x = larger(splat(kLowest<A>), below);
+      Vec<A> e = below > kLowest<A> ? exp_inside(x) : zero_vector<A>();
+      e = j == p.masked ? zero_vector<A>() : e + (x - x);
       sum[v] += e;
       store_vector(e, scores + v * kLanes<A>);
     }

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,9 +68,10 @@ def softmax_loss(
 
     Raises:
         ValueError: a shape, a target or `method` is wrong.
-        TypeError: `targets` is not int64.
+        TypeError: `targets` is not int64, `ignore_index` no int.
     """
     _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
+    ignore_index = int(ignore_index)
     fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
     rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":
@@ -98,8 +100,8 @@ def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
 def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
     """Rows of logits held at once: 64 to 256 on the CPU (cache), up to 8192 on a GPU."""
     if device_type == "cpu":
-        return min(256, max(64, 2**24 // n_items))
-    return min(8192, max(64, 2**26 // n_items))
+        return min(256, max(64, 2**24 // max(n_items, 1)))
+    return min(8192, max(64, 2**26 // max(n_items, 1)))
 
 
 class _Softmax(torch.autograd.Function):
@@ -286,6 +288,8 @@ def _check(
         raise ValueError(
             f"softmax_loss: targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}"
         )
+    if not isinstance(ignore_index, (int, np.integer)):
+        raise TypeError(f"softmax_loss: ignore_index must be an int, got {ignore_index!r}")
     if exclude_padding_class and not 0 <= ignore_index < table.shape[0]:
         raise ValueError(
             f"softmax_loss: ignore_index must be a row of table to be excluded, got {ignore_index}"

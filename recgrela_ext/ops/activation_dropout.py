@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .checks import check_dropout
-from .gated_rela import forward_mode
+from .gated_rela import needs_plain_pytorch
 
 
 def activation_dropout(
@@ -40,7 +40,7 @@ def activation_dropout(
         ValueError, TypeError: an argument's shape, dtype, device or value is off.
     """
     check_dropout("activation_dropout", x, residual, gelu, p, seed)
-    if x.device.type != "cpu" or not _library.has_kernels(x.device) or forward_mode():
+    if x.device.type != "cpu" or not _library.has_kernels(x.device) or needs_plain_pytorch():
         return reference.activation_dropout(x, residual, gelu, p, seed)
     residual = None if residual is None else residual.contiguous()
     operator = torch.ops.recgrela.activation_dropout

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .checks import check_tensor
-from .gated_rela import forward_mode, needs_gradient
+from .gated_rela import needs_gradient, needs_plain_pytorch
 
 _PANEL = 64  # kPanelColumns of csrc/cpu/kernels.h
 
@@ -163,7 +163,7 @@ def encoder_step_unchecked(
     """`encoder_step` for a caller who has checked the arguments and switched gradients off."""
     p, (rows, position) = packed_weights, state
     kernel = item_vectors.device.type in _library.KERNEL_DEVICES and not item_vectors.is_cuda
-    if not kernel or forward_mode():
+    if not kernel or needs_plain_pytorch():
         return reference_encoder_step(item_vectors, packed_weights, state, active)
     out: Tensor = _library.call(
         torch.ops.recgrela.encoder_step, item_vectors, p.weights, p.inv_freq, rows, position,

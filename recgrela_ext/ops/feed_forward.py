@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
+from .autocast import full_precision
 from .checks import check_feed_forward
-from .gated_rela import forward_mode, needs_gradient
+from .gated_rela import needs_gradient, needs_plain_pytorch
 
 _WHOLE = 16  # of csrc/cpu/feed_forward.cpp: vectors and blocks of the dropout divide it
 
@@ -50,8 +51,9 @@ def feed_forward(
     """
     tensors = (x, first_weight, first_bias, second_weight, second_bias, residual)
     check_feed_forward("feed_forward", *tensors, p, inner_seed, outer_seed)
-    if not fits_kernel(x, first_weight) or forward_mode():
-        return reference.feed_forward(*tensors, p, inner_seed, outer_seed)
+    if not fits_kernel(x, first_weight) or needs_plain_pytorch():
+        with full_precision(x):
+            return reference.feed_forward(*tensors, p, inner_seed, outer_seed)
     dense = [None if t is None else t.contiguous() for t in tensors]
     save = needs_gradient(*tensors)
     ops = torch.ops.recgrela
@@ -77,13 +79,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
     """`grad_pre` comes from a second derivative: the first one reads `pre`."""
-    x, first_weight, _, _pre = ctx.saved_tensors
+    x, first_weight, second_weight, pre = ctx.saved_tensors  # once: activation checkpoints count
     needs = ctx.needs_input_grad
     gradients: list[Tensor | None] = [None] * 5
     if grad is not None and any(needs[:5]):
         gradients = list(
             torch.ops.recgrela.feed_forward_backward(
-                grad.contiguous(), *ctx.saved_tensors, ctx.p, *ctx.seeds
+                grad.contiguous(), x, first_weight, second_weight, pre, ctx.p, *ctx.seeds
             )
         )
     if grad_pre is not None:

@@ -69,7 +69,7 @@ def gated_rela(
     q, k, v, gate = cast_rows(q, k, v, gate)  # type: ignore[assignment]
     check_sequence("gated_rela", q, k, v, gate, inv_freq, conv_weight, conv_bias, lengths,
                    cu_seqlens, initial_state, return_final_state, causal, eps)  # fmt: skip
-    if not causal or not _library.has_kernels(q.device) or forward_mode():
+    if not causal or not _library.has_kernels(q.device) or needs_plain_pytorch():
         check_values("gated_rela", q, lengths, cu_seqlens)
         with full_precision(q):
             return reference.gated_rela(
@@ -99,9 +99,16 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def forward_mode() -> bool:
-    """Inside forward-mode differentiation, where a kernel would silently drop the tangents."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+def needs_plain_pytorch() -> bool:
+    """Inside forward-mode differentiation or torch.func, where a kernel would drop derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or in_transform()
+
+
+def in_transform() -> bool:
+    """Inside vmap, grad and the other transforms of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def final_position(

@@ -12,7 +12,7 @@ from .. import _library
 from . import reference
 from .autocast import cast_rows, full_precision
 from .checks import check_parameters, check_rows, check_same_device, check_state, check_tensor
-from .gated_rela import forward_mode, needs_gradient
+from .gated_rela import needs_gradient, needs_plain_pytorch
 from .reference import State, accumulate_dtype
 
 
@@ -65,7 +65,7 @@ def gated_rela_step(
             "call it under torch.no_grad(), or train with gated_rela"
         )
     kv, k_sum, conv, position = state
-    if not _library.has_kernels(q.device) or forward_mode():
+    if not _library.has_kernels(q.device) or needs_plain_pytorch():
         with full_precision(q):
             return reference.gated_rela_step(q, k, v, gate, inv_freq, conv_weight, conv_bias,
                                              state, eps, active)  # fmt: skip

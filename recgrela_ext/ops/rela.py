@@ -18,7 +18,7 @@ from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .gated_rela import _fake_backward as _fake_gated_backward
 from .gated_rela import _fake_forward as _fake_gated_forward
-from .gated_rela import final_position, forward_mode, needs_gradient, state_shapes
+from .gated_rela import final_position, needs_gradient, needs_plain_pytorch, state_shapes
 from .reference import State, accumulate_dtype
 
 
@@ -45,7 +45,7 @@ def rela(
     q, k, v = cast_rows(q, k, v)  # type: ignore[assignment]
     check_sequence("rela", q, k, v, None, inv_freq, None, None, lengths, cu_seqlens,
                    initial_state, return_final_state, causal, eps)  # fmt: skip
-    if not causal or not _library.has_kernels(q.device) or forward_mode():
+    if not causal or not _library.has_kernels(q.device) or needs_plain_pytorch():
         check_values("rela", q, lengths, cu_seqlens)
         with full_precision(q):
             return reference.rela(q, k, v, inv_freq, lengths, cu_seqlens, initial_state,

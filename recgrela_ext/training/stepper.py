@@ -38,7 +38,7 @@ class Stepper:
             {name: p.detach().clone() for name, p in self._parameters.items()} if config.ema else {}
         )
         self._sampler: NegativeSampler | None = None
-        self._log = (train.items, train.offsets)
+        self._train = train
         if config.loss in ("sampled", "bpr"):
             counts = np.bincount(train.items, minlength=train.n_items)
             self._sampler = NegativeSampler(
@@ -107,7 +107,9 @@ class Stepper:
     def _seen(self, batch: Batch, length: int | None, n_items: int) -> LeaveOutSeen:
         """For rows back to back, or padded to `length`."""
         device = self.device
-        first = torch.from_numpy(first_places(batch, *self._log, n_items)).to(device)
+        first = torch.from_numpy(
+            first_places(batch, self._train.items, self._train.offsets, n_items)
+        ).to(device)
         bounds = torch.from_numpy(batch.cu_seqlens).to(device)
         windows = torch.arange(len(bounds) - 1, device=device)
         if length is None:

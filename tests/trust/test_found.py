@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from recgrela_ext import (
     CheckpointError,
@@ -25,8 +27,11 @@ from recgrela_ext import (
     UserStateStore,
     ops,
 )
+from recgrela_ext.layers import FeedForward
 from recgrela_ext.model import blob as framing
+from recgrela_ext.model import losses
 from recgrela_ext.model.persistence import weights_digest
+from recgrela_ext.ops import reference
 from recgrela_ext.ops.encoder_step import encoder_step
 from recgrela_ext.training.checkpoint import CheckpointFolder
 from tests.fuzz.saved import small_model
@@ -242,3 +247,95 @@ def test_parquet_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Interactions.from_file(path, progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (9, 0, 4)])
+def test_no_heads(shape: tuple[int, ...]) -> None:
+    """Divided by the size of a rotation table of no heads: SIGFPE."""
+    q, freq = torch.empty(shape), torch.empty(0, 2, dtype=torch.float64)
+    bounds = torch.tensor([0, 5, 9]) if len(shape) == 3 else None
+    assert ops.rela(q, q, q, freq, cu_seqlens=bounds).shape == shape
+
+
+def many_rows() -> tuple[FeedForward, torch.Tensor]:
+    """More than the fused feed_forward asks for."""
+    torch.manual_seed(0)
+    return FeedForward(32, 0.0), torch.randn(64 * torch.get_num_threads() + 5, 32)
+
+
+def test_checkpointed_feed_forward() -> None:
+    """Its backward read the saved tensors twice."""
+    layer, x = many_rows()
+    x.requires_grad_()
+    plain = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)[0]
+    torch.testing.assert_close(found, plain)
+
+
+def test_feed_forward_under_vmap() -> None:
+    """Gradients of an ensemble's weights were None."""
+    layer, x = many_rows()
+    weights = {n: p.detach().expand(2, *p.shape).clone() for n, p in layer.named_parameters()}
+    for weight in weights.values():
+        weight.requires_grad_()
+    out = torch.func.vmap(lambda w: torch.func.functional_call(layer, w, (x,)))(weights)
+    out.square().sum().backward()
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        for one in weights[name].grad:  # type: ignore[union-attr]
+            torch.testing.assert_close(one, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_operators_under_vmap() -> None:
+    q = torch.randn(3, 2, 5, 1, 4, requires_grad=True)
+    freq = torch.ones(1, 2, dtype=torch.float64)
+    out = torch.func.vmap(lambda x: ops.rela(x, x, x, freq))(q)
+    found = torch.autograd.grad(out.square().sum(), q)[0]
+    each = torch.stack([ops.rela(x, x, x, freq) for x in q])
+    torch.testing.assert_close(out, each)
+    torch.testing.assert_close(found, torch.autograd.grad(each.square().sum(), q)[0])
+
+
+def test_who_watches_the_layers_of_feed_forward() -> None:
+    """A forward put on one instance, hooks of all modules and counting modes saw nothing."""
+    layer, x = many_rows()
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * x.shape[0] * 32 * 128
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(module)
+    )
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert layer.fc1 in seen
+    layer.fc2.forward = lambda y: torch.ones(len(y), 32)  # type: ignore[method-assign]
+    assert torch.equal(layer(x), torch.ones(len(x), 32))
+
+
+def test_feed_forward_has_one_dtype_under_autocast() -> None:
+    for C, M in ((16, 32), (17, 32)):
+        shapes = (4, C), (M, C), (M,), (C, M), (C,)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.feed_forward(*map(torch.randn, shapes)).dtype == torch.float32
+
+
+def test_loss_of_a_probability_of_zero() -> None:
+    """exp was floored at -87, times a row of 1e38."""
+    table = torch.tensor([[0.0], [1.0], [-1e38]])
+    hidden, targets = torch.ones(70, 1), torch.ones(70, dtype=torch.int64)
+    found = ops.softmax_loss(hidden, table, targets)
+    for x, y in zip(found, reference.softmax_loss(hidden, table, targets), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("rows", [50, 64 * torch.get_num_threads()])
+def test_arguments_of_the_loss_whatever_the_rows(rows: int) -> None:
+    hidden, targets = torch.ones(rows, 4), torch.zeros(rows, dtype=torch.int64)
+    empty = losses.softmax_loss(hidden, torch.ones(0, 4), targets, exclude_padding_class=False)
+    assert float(empty) == 0.0
+    losses.softmax_loss(hidden, torch.ones(3, 4), targets, np.int64(0))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"softmax_loss: ignore_index must be an int, got 0\.0"):
+        losses.softmax_loss(hidden, torch.ones(3, 4), targets, 0.0)  # type: ignore[arg-type]
