@@ -277,12 +277,11 @@ void backward_keys(BackwardRows<A>& w, const Sink<A>& dk) {
   const int64_t n = c.n, D = c.D, Dp = c.Dp;
   const Source<A> dnum = rows_of(w.dnum, c), rot_q = rows_of(c.rot_q, c);
   const Source<A> rot_k = rows_of(c.rot_k, c), values = values_of(c);
-  scan<true>(dnum, rot_q, values, w.later_t, w.drot, n, D, Dp);     // T_t v_t
-  scan<true>(rot_q, dnum, rot_k, w.later.kv, w.dvalues, n, D, Dp);  // T_t^T R phi(k_t)
-  if (w.later.has_base) {
-    add_base(values, w.later_base_t, w.drot, n, D, Dp);
-    add_base(rot_k, w.later.kv_base, w.dvalues, n, D, Dp);
-  }
+  const bool has_base = w.later.has_base;
+  scan<true>(dnum, rot_q, values, w.later_t, has_base ? w.later_base_t : nullptr, w.drot, n, D,
+             Dp);  // T_t v_t
+  scan<true>(rot_q, dnum, rot_k, w.later.kv, has_base ? w.later.kv_base : nullptr, w.dvalues, n, D,
+             Dp);  // T_t^T R phi(k_t)
   finish_keys<A, kN>(w, dk);
   if (has_filled(w.later, c.n)) {
     join_base(w.later.kv_base, w.later.kv, Dp * Dp);
@@ -310,7 +309,8 @@ void backward_chunk(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const 
   set_rotation(c.rotation, t0 / kChunk, position - t0, n);
   read_values(c, f, span, b, h, t0);
   map_keys<A, kN, kTail, true>(c, read(c.q, f.q), read(c.k, f.k), position + 1, f.eps);
-  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
+  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, nullptr, c.num, n,
+              D, Dp);
 
   const Source<A> dy = read(w.dy, p.grad_out);
   if (f.gate.data) {
@@ -320,7 +320,8 @@ void backward_chunk(BackwardRows<A>& w, const GatedRelaBackwardParams& p, const 
     differentiate_rows<A, kN>(w, f, dy, dy, Sink<A>{});
   }
   // S_t dnum_t with S transposed: rows are value dims, lanes are keys.
-  scan<false>(values_of(c), rows_of(c.rot_k, c), rows_of(w.dnum, c), w.start_t, w.drot, n, D, Dp);
+  scan<false>(values_of(c), rows_of(c.rot_k, c), rows_of(w.dnum, c), w.start_t, nullptr, w.drot, n,
+              D, Dp);
   write(p.dq, [&](const Sink<A>& dq) { finish_queries<A, kN>(w, dq); });
   write(p.dk, [&](const Sink<A>& dk) { backward_keys<A, kN>(w, dk); });
   if (f.conv_weight == nullptr) {

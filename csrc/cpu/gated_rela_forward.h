@@ -68,8 +68,8 @@ void forward_chunk(ForwardRows<A>& w, const GatedRelaParams& p, const Span& span
   set_rotation(c.rotation, t0 / kChunk, position - t0, n);
   read_values(c, p, span, b, h, t0);
   map_keys<A, kN, kTail, false>(c, q, k, position + 1, p.eps);
-  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv, c.num, n, D, Dp);
-  if (c.state.has_base) add_base(rows_of(c.rot_q, c), c.state.kv_base, c.num, n, D, Dp);
+  scan<false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_q, c), c.state.kv,
+              c.state.has_base ? c.state.kv_base : nullptr, c.num, n, D, Dp);
   moved_on(c.state, n, Dp);
   Source<A> gate{};
   if (p.gate.data) gate = read_rows(w.gate, Dp, p.gate, p.dtype, span, t0, n, h, D);
@@ -166,8 +166,8 @@ void sum_segment(ForwardRows<A>& w, const GatedRelaParams& p, int64_t b, int64_t
     set_rotation(c.rotation, t / kChunk, start, c.n);
     read_values(c, p, span, b, h, t);
     map_keys<A, kN, kTail, false>(c, k, k, start + t + 1, p.eps);
-    scan<false, false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_k, c), c.state.kv, c.num,
-                       c.n, D, Dp);
+    scan<false, false>(rows_of(c.rot_k, c), values_of(c), rows_of(c.rot_k, c), c.state.kv, nullptr,
+                       c.num, c.n, D, Dp);
     moved_on(c.state, c.n, Dp);
   }
   finish_segment(c.state, Dp);

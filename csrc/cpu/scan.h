@@ -1,17 +1,18 @@
 // The hot loop of linear attention, used once forward and three times more backward. Included by
 // every level file. For every item in turn:
-//   state += a_t b_t^T   and, with kOut,   out_t = state^T c_t
-// state [rows, Dp]; a, c [n, rows]; b, out [n, Dp]. A few items pass over the state together, one
-// block of its columns at a time, so that a row is loaded and stored once for all of them; the
-// sums' order is that of one item after the other.
+//   state += a_t b_t^T   and, with kOut,   out_t = (base + state)^T c_t
+// state, base [rows, Dp]; a, c [n, rows]; b, out [n, Dp]. base does not move and may be nullptr: 0.
+// A few items pass over the state together, one block of its columns at a time, so that a row is
+// loaded and stored once for all of them; the sums' order is that of one item after the other.
 
 // Items and vectors of columns that share a pass: what the registers hold.
 constexpr bool kManyRegisters = RECGRELA_VECTOR_BYTES == 64;
 constexpr int kPassItems = kManyRegisters ? 4 : 2;
 
-template <class A, int kColumns, int kItems, bool kReverse, bool kOut>
+template <class A, int kColumns, int kItems, bool kReverse, bool kOut, bool kBase>
 RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Source<A>& c, A* state,
-                               int64_t Dp, A* out, int64_t t0, int64_t column, int64_t rows) {
+                               const A* base, int64_t Dp, A* out, int64_t t0, int64_t column,
+                               int64_t rows) {
   using V = Vec<A>;
   V value[kItems][kColumns], sum[kItems][kColumns];
   const A *key[kItems], *query[kItems];
@@ -26,12 +27,15 @@ RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Sou
   }
   A* at = state + column;
   for (int64_t i = 0; i < rows; ++i, at += Dp) {
-    V row[kColumns];
-    for (int m = 0; m < kColumns; ++m) row[m] = load_vector(at + m * kLanes<A>);
+    V row[kColumns], still[kColumns];
+    for (int m = 0; m < kColumns; ++m) {
+      row[m] = load_vector(at + m * kLanes<A>);
+      if (kBase) still[m] = load_vector(base + column + i * Dp + m * kLanes<A>);
+    }
     for (int s = 0; s < kItems; ++s) {
       for (int m = 0; m < kColumns; ++m) {
         row[m] += key[s][i] * value[s][m];
-        if (kOut) sum[s][m] += query[s][i] * row[m];
+        if (kOut) sum[s][m] += query[s][i] * (kBase ? row[m] + still[m] : row[m]);
       }
     }
     for (int m = 0; m < kColumns; ++m) store_vector(row[m], at + m * kLanes<A>);
@@ -44,27 +48,28 @@ RECGRELA_INLINE void scan_pass(const Source<A>& a, const Source<A>& b, const Sou
   }
 }
 
-template <class A, int kColumns, bool kReverse, bool kOut>
+template <class A, int kColumns, bool kReverse, bool kOut, bool kBase>
 RECGRELA_NOINLINE void scan_columns(const Source<A>& a, const Source<A>& b, const Source<A>& c,
-                                    A* state, int64_t Dp, A* out, int64_t first, int64_t count,
-                                    int64_t column, int64_t rows) {
+                                    A* state, const A* base, int64_t Dp, A* out, int64_t first,
+                                    int64_t count, int64_t column, int64_t rows) {
+  const auto pass = [&](int64_t done, auto items) RECGRELA_INLINE_LAMBDA {
+    const int64_t t0 = kReverse ? first - done : first + done;
+    scan_pass<A, kColumns, items.value, kReverse, kOut, kBase>(a, b, c, state, base, Dp, out, t0,
+                                                               column, rows);
+  };
   int64_t done = 0;
   for (; done + kPassItems <= count; done += kPassItems) {
-    scan_pass<A, kColumns, kPassItems, kReverse, kOut>(
-        a, b, c, state, Dp, out, kReverse ? first - done : first + done, column, rows);
+    pass(done, std::integral_constant<int, kPassItems>{});
   }
-  for (; done < count; ++done) {
-    scan_pass<A, kColumns, 1, kReverse, kOut>(a, b, c, state, Dp, out,
-                                              kReverse ? first - done : first + done, column, rows);
-  }
+  for (; done < count; ++done) pass(done, std::integral_constant<int, 1>{});
 }
 
 // Items that go through all columns before the next ones: their rows stay in the first-level cache.
 RECGRELA_INLINE int64_t scan_items(int64_t Dp) { return Dp <= 16 ? kChunk : Dp <= 32 ? 32 : 16; }
 
-template <bool kReverse, bool kOut = true, class A>
-void scan(Source<A> a, Source<A> b, Source<A> c, A* state, A* out, int64_t n, int64_t D,
-          int64_t Dp) {
+template <bool kReverse, bool kOut, bool kBase, class A>
+void scan_all(Source<A> a, Source<A> b, Source<A> c, A* state, const A* base, A* out, int64_t n,
+              int64_t D, int64_t Dp) {
   constexpr int64_t kWide = 2 * kLanes<A>;
   const int64_t together = scan_items(Dp);
   for (int64_t done = 0; done < n; done += together) {
@@ -72,57 +77,21 @@ void scan(Source<A> a, Source<A> b, Source<A> c, A* state, A* out, int64_t n, in
     const int64_t first = kReverse ? n - 1 - done : done;
     int64_t column = 0;
     for (; column + kWide <= Dp; column += kWide) {
-      scan_columns<A, 2, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
+      scan_columns<A, 2, kReverse, kOut, kBase>(a, b, c, state, base, Dp, out, first, count, column,
+                                                D);
     }
-    if (column < Dp)
-      scan_columns<A, 1, kReverse, kOut>(a, b, c, state, Dp, out, first, count, column, D);
-  }
-}
-
-// out_t += base^T c_t for every item: the part of the sums that does not move.
-template <class A, int kColumns, int kItems>
-RECGRELA_INLINE void base_pass(const Source<A>& c, const A* base, int64_t Dp, A* out, int64_t t0,
-                               int64_t column, int64_t rows) {
-  using V = Vec<A>;
-  V sum[kItems][kColumns];
-  const A* query[kItems];
-  for (int s = 0; s < kItems; ++s) {
-    query[s] = c.row(t0 + s);
-    for (int m = 0; m < kColumns; ++m) sum[s][m] = V{};
-  }
-  const A* at = base + column;
-  for (int64_t i = 0; i < rows; ++i, at += Dp) {
-    V row[kColumns];
-    for (int m = 0; m < kColumns; ++m) row[m] = load_vector(at + m * kLanes<A>);
-    for (int s = 0; s < kItems; ++s) {
-      for (int m = 0; m < kColumns; ++m) sum[s][m] += query[s][i] * row[m];
-    }
-  }
-  for (int s = 0; s < kItems; ++s) {
-    A* to = out + (t0 + s) * Dp + column;
-    for (int m = 0; m < kColumns; ++m) {
-      store_vector(load_vector(to + m * kLanes<A>) + sum[s][m], to + m * kLanes<A>);
+    if (column < Dp) {
+      scan_columns<A, 1, kReverse, kOut, kBase>(a, b, c, state, base, Dp, out, first, count, column,
+                                                D);
     }
   }
 }
 
-template <class A, int kColumns>
-RECGRELA_NOINLINE void base_columns(const Source<A>& c, const A* base, int64_t Dp, A* out,
-                                    int64_t n, int64_t column, int64_t rows) {
-  constexpr int kItems = 4;
-  int64_t t = 0;
-  for (; t + kItems <= n; t += kItems) {
-    base_pass<A, kColumns, kItems>(c, base, Dp, out, t, column, rows);
+template <bool kReverse, bool kOut = true, class A>
+void scan(Source<A> a, Source<A> b, Source<A> c, A* state, std::type_identity_t<const A*> base,
+          A* out, int64_t n, int64_t D, int64_t Dp) {
+  if constexpr (kOut) {
+    if (base) return scan_all<kReverse, true, true>(a, b, c, state, base, out, n, D, Dp);
   }
-  for (; t < n; ++t) base_pass<A, kColumns, 1>(c, base, Dp, out, t, column, rows);
-}
-
-template <class A>
-void add_base(Source<A> c, const A* base, A* out, int64_t n, int64_t D, int64_t Dp) {
-  constexpr int64_t kWide = 2 * kLanes<A>;
-  int64_t column = 0;
-  for (; column + kWide <= Dp; column += kWide) {
-    base_columns<A, 2>(c, base, Dp, out, n, column, D);
-  }
-  if (column < Dp) base_columns<A, 1>(c, base, Dp, out, n, column, D);
+  scan_all<kReverse, kOut, false>(a, b, c, state, base, out, n, D, Dp);
 }

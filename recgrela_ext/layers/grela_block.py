@@ -117,7 +117,7 @@ def _watched_by_all() -> bool:
         or every._global_forward_pre_hooks
         or every._global_backward_hooks
         or every._global_backward_pre_hooks
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
     )
