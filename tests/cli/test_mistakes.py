@@ -51,7 +51,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "heads that do not divide": (["--num-heads", "3"], "multiple of 2 * num_heads"),
     "dropout of one": (["--dropout", "1"], "dropout must lie in [0, 1)"),
     "no layers": (["--num-layers", "0"], "num_layers must be at least 1"),
-    "unknown loss": (["--loss", "hinge"], "loss must be one of softmax, sampled, bpr"),
+    "unknown loss": (["--loss", "hinge"], "loss must be one of softmax, unseen, sampled, bpr"),
     "negative rate": (["--lr", "-1"], "lr must be positive"),
     "rate without a number": (["--lr", "fast"], "argument --lr: must be a number"),
     "no steps": (["--steps", "0"], "argument --steps: must be at least 1"),
