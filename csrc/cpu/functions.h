@@ -9,10 +9,9 @@ RECGRELA_INLINE V quotient(const V& x, const V& y) {
   return q + r * (x - q * y);
 }
 
-// exp of x in [-87, 88], within 1.5 units in the last place; by the table within 2, below -20
-// within
-// 5. libm's exp is not vectorised. A NaN's exponent bits may be added to: every caller must bring x
-// itself into its result.
+// exp of x in [-87, 88], within 1.5 units in the last place; by the table within 2, and within 5
+// below -20. libm's exp is not vectorised. A NaN's exponent bits may be added to: every caller must
+// bring x itself into its result.
 #if defined(__x86_64__) && RECGRELA_VECTOR_BYTES >= 32
 // x ln 2 = n + r, n in parts of kParts: 2^n is an entry of a table that a register holds, its
 // exponent added to, and exp(r) takes three terms.

@@ -25,6 +25,14 @@ Dims check(const SequenceArgs& args) {
   return d;
 }
 
+int64_t longest_sequence(const GatedRelaParams& p, const Dims& d) {
+  int64_t longest = d.L;
+  for (int64_t b = 0; p.cu_seqlens && b < d.B; ++b) {
+    longest = std::max(longest, p.cu_seqlens[b + 1] - p.cu_seqlens[b]);
+  }
+  return longest;
+}
+
 // The rotations of a chunk's steps and of the first chunks of all sequences: as many as pay, and as
 // leave the second-level cache to the rows.
 struct Rotations {
@@ -39,9 +47,9 @@ Rotations make_rotations(const SequenceArgs& args, const Dims& d, GatedRelaParam
   p.step_rotation = to;
   const int64_t chunk = d.H * 2 * kChunk * padded_row(d.D, p.dtype);
   const int64_t bytes = chunk * (p.dtype == DType::kDouble ? 8 : 4);
-  const int64_t longest = d.packed_items ? d.packed_items : d.L;
-  const bool none = d.B < 2 || d.H == 0;
-  p.kept_chunks = none ? 0 : std::min((longest + kChunk - 1) / kChunk, kMostBytes / bytes);
+  if (d.B < 2 || d.H == 0) return made;  // nobody to share them with
+  p.kept_chunks = std::min((longest_sequence(p, d) + kChunk - 1) / kChunk, kMostBytes / bytes);
+  if (p.kept_chunks == 0) return made;
   made.chunks = new_empty(args.q, {p.kept_chunks * chunk}, d.acc);
   p.rotations = made.chunks.mutable_data_ptr();
   kernels().rotation_tables(p);
@@ -70,10 +78,7 @@ void sum_groups(const Tensor& partial, void* total, int64_t size, int64_t groups
 void run_kernel(const char* op, GatedRelaParams& p, const Dims& d, const Tensor& like) {
   const Kernels& level = kernels();
   const int64_t pairs = d.B * d.H;
-  int64_t longest = d.L;
-  for (int64_t b = 0; p.cu_seqlens && b < d.B; ++b) {
-    longest = std::max(longest, p.cu_seqlens[b + 1] - p.cu_seqlens[b]);
-  }
+  const int64_t longest = longest_sequence(p, d);
   // Half of the work is done twice, so a few idle threads are not worth it.
   const bool split = longest > kSegment && pairs * 2 <= int64_t(torch::stable::get_num_threads());
   if (!split) {

@@ -187,22 +187,11 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
     if residual is not None:
         check_tensor(op, "residual", residual)
         _shape(op, "residual", residual, tuple(x.shape), "of x")
-        if residual.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
-            )
-        if residual.device != x.device:
-            raise ValueError(
-                f"{op}: residual must be on the device of x, {x.device}, got {residual.device}"
-            )
+        _like(op, "residual", residual, "x", x)
     if not isinstance(gelu, bool):
         raise TypeError(f"{op}: gelu must be True or False, got {_shown(gelu)}")
-    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{op}: seed must be an int, got {_shown(seed)}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
+    _share(op, p)
+    _int64(op, "seed", seed)
 
 
 def check_feed_forward(
@@ -240,21 +229,10 @@ def check_feed_forward(
     for name, (tensor, shape) in rest.items():
         check_tensor(op, name, tensor)
         _shape(op, name, tensor, shape, "of x and first_weight")
-        if tensor.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}"
-            )
-    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
-    for name, seed in (("inner_seed", inner_seed), ("outer_seed", outer_seed)):
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{op}: {name} must be an int, got {_shown(seed)}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"{op}: {name} must fit in 64 bits, got {seed}")
+        _like(op, name, tensor, "x", x)
+    _share(op, p)
+    _int64(op, "inner_seed", inner_seed)
+    _int64(op, "outer_seed", outer_seed)
 
 
 def check_softmax(
@@ -286,10 +264,7 @@ def check_softmax(
     _shape(op, "targets", targets, (hidden.shape[0],), "of the rows")
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must have dtype int64, got {targets.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {_shown(ignore_index)}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"{op}: ignore_index must fit in 64 bits, got {ignore_index}")
+    _int64(op, "ignore_index", ignore_index)
     for name, flag in (("exclude", exclude), ("gradients", gradients)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be True or False, got {type(flag).__name__}")
@@ -326,6 +301,30 @@ def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor 
                 f"{op}: cu_seqlens must end with the number of rows {q.shape[0]}, "
                 f"got {int(cu_seqlens[-1])}"
             )
+
+
+def _like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Dtype and device are another argument's."""
+    if x.dtype != other.dtype:
+        raise ValueError(
+            f"{op}: {name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}"
+        )
+    if x.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}, got {x.device}"
+        )
+
+
+def _share(op: str, p: Any) -> None:
+    if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
+
+
+def _int64(op: str, name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{op}: {name} must be an int, got {_shown(x)}")
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {x}")
 
 
 def _shown(x: Any) -> str:

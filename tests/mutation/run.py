@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ def verdict(
     return f"killed by {what}" + (" (crash)" if run.returncode < 0 else "")
 
 
-class Bench:
+class Bench(ABC):
     """Unbroken objects, kept under build/, and what a mutant replaces of them."""
 
     kind: str
@@ -200,15 +201,17 @@ class Bench:
         for folder in ("csrc", "tests/cpp", "tests/cuda_shim"):
             yield from (p for p in (ROOT / folder).rglob("*") if p.suffix != ".pyc" and p.is_file())
 
+    @abstractmethod
     def units(self) -> list[str]:
-        raise NotImplementedError
+        """The sources of all objects."""
 
+    @abstractmethod
     def broken(self, tree: Path, mutant: Mutant) -> list[str]:
         """The sources that a mutant's file is compiled in, those to be tried first in front."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
-        raise NotImplementedError
+        """What the quick tests say of a mutant."""
 
     def judge_survivor(self, tree: Path, mutant: Mutant, changed: dict[str, Path]) -> str:
         """Tests that take minutes."""
