@@ -18,9 +18,18 @@ _CHOICES = {
     "gate_activation": ("silu", "relu", "gelu"),
     "mlp_activation": ("gelu", "silu", "relu"),
 }
-_AT_LEAST_ONE = ("hidden_size", "num_layers", "num_heads", "conv_width", "max_seq_len")
+# Each at least 1 and at most this: beyond it the size in bytes of some weight no longer fits an int64.
+_LARGEST = {
+    "hidden_size": 1 << 16,
+    "num_layers": 1 << 16,
+    "num_heads": 1 << 16,
+    "conv_width": 1 << 16,
+    "max_seq_len": 1 << 40,
+}
+_LARGEST_TABLE = 1 << 40
 _SHARES = ("dropout", "drop_path")
-_POSITIVE = ("layer_norm_eps", "eps", "rotary_base", "initializer_range")
+_POSITIVE = ("rotary_base", "initializer_range")
+_EPSILONS = ("layer_norm_eps", "eps")
 _FLAGS = (
     "causal",
     "attend_padding",
@@ -84,20 +93,25 @@ class RecGRELAConfig:
 
     def __post_init__(self) -> None:
         self._resolve_item_counts()
-        for name in (*_AT_LEAST_ONE, "padding_idx"):
+        for name in (*_LARGEST, "padding_idx"):
             object.__setattr__(self, name, _as_int(name, getattr(self, name)))
-        for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            _require(value >= 1, name, "be at least 1", value)
+            _require(value <= largest, name, f"be at most {largest}", value)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_message(name, "be True or False", getattr(self, name)))
-        for name in (*_SHARES, *_POSITIVE):
+        for name in (*_SHARES, *_POSITIVE, *_EPSILONS):
             _require_number(name, getattr(self, name))
         for name in _SHARES:
             _require(0.0 <= getattr(self, name) < 1.0, name, "lie in [0, 1)", getattr(self, name))
         for name in _POSITIVE:
             value = getattr(self, name)
             _require(0.0 < value < float("inf"), name, "be positive and finite", value)
+        for name in _EPSILONS:
+            value = getattr(self, name)
+            _require(0.0 < value <= 1.0, name, "lie in (0, 1]", value)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, name, f"be one of {', '.join(choices)}", value)
@@ -121,6 +135,7 @@ class RecGRELAConfig:
             assert num_items is not None
             n_items = num_items + 1
         _require(n_items >= 2, "n_items", "be at least 2 (one item and the padding row)", n_items)
+        _require(n_items <= _LARGEST_TABLE, "n_items", f"be at most {_LARGEST_TABLE}", n_items)
         object.__setattr__(self, "n_items", n_items)
         object.__setattr__(self, "num_items", n_items - 1)
 
