@@ -13,7 +13,7 @@ import numpy as np
 
 from recgrela_ext.data import IdMap, Interactions, Sequences, Targets
 from recgrela_ext.data.download import DATASETS
-from recgrela_ext.errors import CheckpointError, DataError
+from recgrela_ext.errors import CheckpointError, DataError, shown
 
 if TYPE_CHECKING:
     from recgrela_ext import RecGRELA
@@ -87,7 +87,7 @@ class Reading:
             raise CheckpointError(f"{path} must record how data was read, got other JSON")
         version = content.pop("version", None)
         if version != _VERSION:
-            raise CheckpointError(f"{path} must have version {_VERSION}, got {version!r}")
+            raise CheckpointError(f"{path} must have version {_VERSION}, got {shown(version)}")
         try:
             return cls(**content["reading"])
         except (KeyError, TypeError) as error:

@@ -20,7 +20,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 _BLOCK = 1 << 20
@@ -92,7 +92,9 @@ def fetch_dataset(
     """
     known = DATASETS.get(name)
     if known is None:
-        raise DataError(f"fetch_dataset: name must be one of {', '.join(DATASETS)}, got {name!r}")
+        raise DataError(
+            f"fetch_dataset: name must be one of {', '.join(DATASETS)}, got {shown(name)}"
+        )
     source = url or known.url
     if source is None:
         raise DataError(
@@ -134,7 +136,7 @@ def download(
     """
     target = Path(target)
     if not re.fullmatch(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{64}", checksum):
-        raise DataError(f"download: checksum must be an md5 or a sha256, got {checksum!r}")
+        raise DataError(f"download: checksum must be an md5 or a sha256, got {shown(checksum)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     if not (part.exists() and _digest(part, checksum) == checksum.lower()):

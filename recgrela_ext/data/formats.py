@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recgrela_ext.data.text import first_line
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 FORMATS = (
     "recbole",  # .inter: tab-separated, typed header; RecBole's merged LFM-1B artists, Tmall, ...
@@ -59,7 +59,7 @@ def resolve(
     """Find out what ``path`` is; DataError names what is missing or unknown."""
     if format != "auto" and format not in FORMATS:
         raise DataError(
-            f"from_file: format must be 'auto' or one of {', '.join(FORMATS)}, got {format!r}"
+            f"from_file: format must be 'auto' or one of {', '.join(FORMATS)}, got {shown(format)}"
         )
     if not path.exists():
         raise DataError(f"from_file: no such file or folder: {path}")

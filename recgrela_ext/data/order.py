@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recgrela_ext.data.ids import id_hashes, mix
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 ORDERS = ("hash", "file", "item_id", "recbole_float32", "shuffled")
 
@@ -36,11 +36,11 @@ class Ordered(NamedTuple):
 
 def check_order(order: str, has_time: bool, where: str) -> None:
     if order not in ORDERS:
-        raise DataError(f"{where}: order must be one of {', '.join(ORDERS)}, got {order!r}")
+        raise DataError(f"{where}: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
     if not has_time and order not in ("file", "shuffled"):
         raise DataError(
             f"{where}: order must be 'file' (or 'shuffled') when there is no time column, "
-            f"got {order!r}"
+            f"got {shown(order)}"
         )
 
 

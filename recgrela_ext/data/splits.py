@@ -8,7 +8,7 @@ import numpy as np
 
 from recgrela_ext.data.order import rule_time
 from recgrela_ext.data.sequences import Sequences, Targets, repeat_share, target_digest
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 if TYPE_CHECKING:
     from recgrela_ext.data.interactions import Interactions, Split
@@ -100,7 +100,7 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
     """0, 1 or 2 for every row: training, validation, test."""
     where = "split_by_time"
     if targets not in TARGET_CHOICES:
-        raise DataError(f"{where}: targets must be 'all', 'first' or 'last', got {targets!r}")
+        raise DataError(f"{where}: targets must be 'all', 'first' or 'last', got {shown(targets)}")
     if not (all(share > 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
         raise DataError(f"{where}: train, valid, test must be positive with sum 1, got {shares}")
     time = rule_time(log.time, log.order)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recgrela_ext.data.sequences import IdMap, Sequences
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 _USERS_PER_BATCH = 64
 _REPEATS_KEEP_SEEN = 0.01  # above this share of repeats "auto" keeps seen items, as the model does
@@ -53,7 +53,9 @@ def recommend_for_users(
     histories = [sequences.history(row) for row in rows]
     for user, history in zip(users, histories, strict=True):
         if not len(history):
-            raise DataError(f"recommend_for_users: user must have events, got {user!r} with none")
+            raise DataError(
+                f"recommend_for_users: user must have events, got {shown(user)} with none"
+            )
     names = sequences.id_map.user_ids[rows].tolist() if rows else []
     return _recommend(model, sequences.id_map, names, histories, k, exclude_seen)
 

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recgrela_ext import RecGRELA
 from recgrela_ext._library import has_kernels
+from recgrela_ext.errors import shown
 from recgrela_ext.integrations import checkpoints
 
 Rows = tuple[Tensor, Tensor | None, Tensor]  # item_seq [B, L], item_seq_len [B], targets [B, L]
@@ -150,7 +151,7 @@ def save_checkpoint(
     if not isinstance(step, int) or step < least:
         raise ValueError(
             f"save_checkpoint: step must be an int of at least {least}, the newest in {folder}, "
-            f"got {step!r}"
+            f"got {shown(step)}"
         )
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": step}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recgrela_ext import GRELAEncoder as Encoder
+from recgrela_ext.errors import shown
 
 try:
     from replay.data.nn import TensorMap, TensorSchema
@@ -133,7 +134,7 @@ def recgrela_body(
     if isinstance(excluded_features, str) or unknown:
         raise ValueError(
             "recgrela_body: excluded_features must be a list of names in the schema, "
-            f"got {excluded_features!r}"
+            f"got {shown(excluded_features)}"
         )
     width = schema.item_id_features.item().embedding_dim
     excluded = [schema.query_id_feature_name, schema.timestamp_feature_name, *excluded_features]

@@ -30,6 +30,7 @@ from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer
 
 from recgrela_ext import GRELAEncoder, RecGRELAConfig
 from recgrela_ext import RecGRELA as WholeModel
+from recgrela_ext.errors import shown
 from recgrela_ext.integrations import checkpoints
 from recgrela_ext.layers.grela_block import sequence_of_rows
 from recgrela_ext.model.inputs import check_ids, check_integers, values_are_checked
@@ -196,7 +197,7 @@ def shard_by_rows(
         raise TypeError(f"shard_by_rows: model must be this module's RecGRELA, got {got}")
     for name, rate in (("table_lr", table_lr), ("lr", lr)):
         if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise ValueError(f"shard_by_rows: {name} must be a finite rate, got {rate!r}")
+            raise ValueError(f"shard_by_rows: {name} must be a finite rate, got {shown(rate)}")
     rows, processes = model.config.rows, dist.get_world_size()
     if rows <= -(-rows // processes) * (processes - 1):  # equal blocks, the last one shorter
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import shown
 from ..ops.feed_forward import feed_forward, fits_kernel
 from ..ops.gated_rela import in_transform
 from .dropout import draw_seed, dropout, has_kernel
@@ -60,7 +61,7 @@ class FeedForward(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"FeedForward: activation must be one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
+                f"got {shown(activation)}"
             )
         self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)

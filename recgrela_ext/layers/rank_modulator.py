@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import shown
 from .rela import RotaryEnhancedLinearAttention, State
 
 Activation = Callable[[Tensor], Tensor]
@@ -48,12 +49,12 @@ class AdaptiveRankModulator(nn.Module):
         super().__init__()
         if selector not in ("silu", "balance"):
             raise ValueError(
-                f"AdaptiveRankModulator: selector must be silu or balance, got {selector!r}"
+                f"AdaptiveRankModulator: selector must be silu or balance, got {shown(selector)}"
             )
         if gate_activation not in ACTIVATIONS:
             raise ValueError(
                 "AdaptiveRankModulator: gate_activation must be one of "
-                f"{', '.join(ACTIVATIONS)}, got {gate_activation!r}"
+                f"{', '.join(ACTIVATIONS)}, got {shown(gate_activation)}"
             )
         if conv_width < 1:
             raise ValueError(

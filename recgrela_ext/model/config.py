@@ -7,7 +7,7 @@ import operator
 import re
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 
 CONFIG_VERSION = 1
 
@@ -18,7 +18,7 @@ _CHOICES = {
     "gate_activation": ("silu", "relu", "gelu"),
     "mlp_activation": ("gelu", "silu", "relu"),
 }
-# Each at least 1 and at most this: beyond it the size in bytes of some weight no longer fits an int64.
+# Each at least 1 and at most this: far beyond, a weight's size in bytes no longer fits an int64.
 _LARGEST = {
     "hidden_size": 1 << 16,
     "num_layers": 1 << 16,
@@ -255,7 +255,7 @@ class RecGRELAConfig:
         version = fields.pop("version", None)
         if version != CONFIG_VERSION:
             raise CheckpointError(
-                f"config must have version {CONFIG_VERSION}, got {version!r}: "
+                f"config must have version {CONFIG_VERSION}, got {shown(version)}: "
                 "it was written by another version of recgrela_ext"
             )
         unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
@@ -268,7 +268,7 @@ class RecGRELAConfig:
 
 
 def _message(name: str, condition: str, value: object) -> str:
-    return f"RecGRELAConfig: {name} must {condition}, got {value!r}"
+    return f"RecGRELAConfig: {name} must {condition}, got {shown(value)}"
 
 
 def _require(holds: bool, name: str, condition: str, value: object) -> None:

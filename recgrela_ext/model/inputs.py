@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import shown
 from ..layers.encoder import shift_rows
 from .config import RecGRELAConfig
 
@@ -97,7 +98,7 @@ def check_form(
 ) -> None:
     """Types and shapes of one batch."""
     if padding_side not in ("right", "left"):
-        raise ValueError(f"{caller}: padding_side must be right or left, got {padding_side!r}")
+        raise ValueError(f"{caller}: padding_side must be right or left, got {shown(padding_side)}")
     check_integers(caller, "item_seq", item_seq)
     if item_seq.dim() != 2:
         raise ValueError(f"{caller}: item_seq must be [B, L], got {list(item_seq.shape)}")

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _library, ops
+from ..errors import shown
 
 _TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
 _UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
@@ -289,7 +290,7 @@ def _check(
             f"softmax_loss: targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}"
         )
     if not isinstance(ignore_index, (int, np.integer)):
-        raise TypeError(f"softmax_loss: ignore_index must be an int, got {ignore_index!r}")
+        raise TypeError(f"softmax_loss: ignore_index must be an int, got {shown(ignore_index)}")
     if exclude_padding_class and not 0 <= ignore_index < table.shape[0]:
         raise ValueError(
             f"softmax_loss: ignore_index must be a row of table to be excluded, got {ignore_index}"
@@ -297,7 +298,9 @@ def _check(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"softmax_loss: chunk_rows must be at least 1, got {chunk_rows}")
     if method not in ("auto", "chunked", "torch"):
-        raise ValueError(f"softmax_loss: method must be auto, chunked or torch, got {method!r}")
+        raise ValueError(
+            f"softmax_loss: method must be auto, chunked or torch, got {shown(method)}"
+        )
     if method == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise ValueError("softmax_loss: method='torch' must have torch >= 2.13, got an older one")
     if targets.device.type == "cpu" and targets.numel():

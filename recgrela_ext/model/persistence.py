@@ -180,14 +180,17 @@ def from_reference(
             "from_reference: item_embedding.weight must be [n_items, hidden_size] and "
             f"conv1d.weight [hidden_size, 1, W], got {list(table.shape)} and {list(taps.shape)}"
         )
-    config = RecGRELAConfig.paper(
-        n_items=table.shape[0],
-        hidden_size=table.shape[1],
-        num_layers=layers,
-        num_heads=num_heads,
-        conv_width=taps.shape[1],
-        max_seq_len=max_seq_len,
-    )
+    try:
+        config = RecGRELAConfig.paper(
+            n_items=table.shape[0],
+            hidden_size=table.shape[1],
+            num_layers=layers,
+            num_heads=num_heads,
+            conv_width=taps.shape[1],
+            max_seq_len=max_seq_len,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"from_reference: state_dict must fit a model: {error}") from None
     return _filled(cls, config, weights, "from_reference: state_dict")
 
 

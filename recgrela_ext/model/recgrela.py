@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import shown
 from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
 from ..layers.watch import Derived
@@ -292,7 +293,7 @@ class RecGRELA(nn.Module):
         if not isinstance(exclude_seen, bool):
             raise ValueError(
                 "RecGRELA.recommend: exclude_seen must be True, False or 'auto', "
-                f"got {exclude_seen!r}"
+                f"got {shown(exclude_seen)}"
             )
         return exclude_seen
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import shown
 from . import persistence
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _check(
     hidden: Tensor, table: Tensor, k: int, seen: Tensor | None, candidates: Tensor | None
 ) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"recommend: k must be an int of at least 1, got {k!r}")
+        raise ValueError(f"recommend: k must be an int of at least 1, got {shown(k)}")
     users = hidden.shape[0]
     for name, x in (("seen", seen), ("candidates", candidates)):
         if x is None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import StateError, shown
 from . import blob as storage
 from . import inputs, streaming
 from .pool import Pool, Rows, Users
@@ -86,7 +86,7 @@ class UserStateStore:
     ) -> None:
         for name, value in (("capacity", capacity), ("active", active)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"UserStateStore: {name} must be an int >= 1, got {value!r}")
+                raise ValueError(f"UserStateStore: {name} must be an int >= 1, got {shown(value)}")
         self.model = model
         self.on_evict = on_evict
         empty = model.init_state(0)
@@ -264,7 +264,7 @@ class UserStateStore:
         if users is None:
             if isinstance(oldest, bool) or not isinstance(oldest, int) or oldest < 0:
                 raise ValueError(
-                    f"UserStateStore.evict: oldest must be an int >= 0, got {oldest!r}"
+                    f"UserStateStore.evict: oldest must be an int >= 0, got {shown(oldest)}"
                 )
             order = [pool.oldest(min(oldest, len(pool))) for pool in reversed(self.pools)]
             ids = np.concatenate(order)[:oldest]

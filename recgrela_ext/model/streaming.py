@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import shown
 from ..ops.encoder_step import encoder_step_unchecked
 from . import inputs, persistence
 from .state import StateLayout, UserState
@@ -63,7 +64,9 @@ def layout(model: RecGRELA) -> StateLayout:
 
 def init_state(model: RecGRELA, batch_size: int) -> UserState:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-        raise ValueError(f"RecGRELA.init_state: batch_size must be an int >= 0, got {batch_size!r}")
+        raise ValueError(
+            f"RecGRELA.init_state: batch_size must be an int >= 0, got {shown(batch_size)}"
+        )
     weight = model.item_embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     width = model.config.hidden_size
@@ -94,7 +97,7 @@ def check_state(
 
 def _check_chunk_size(caller: str, chunk_size: int) -> None:
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"{caller}: chunk_size must be an int >= 1, got {chunk_size!r}")
+        raise ValueError(f"{caller}: chunk_size must be an int >= 1, got {shown(chunk_size)}")
 
 
 def prefill(

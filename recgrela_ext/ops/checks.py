@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import shown
 from .reference import State, accumulate_dtype
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,7 +86,7 @@ def check_parameters(
     check_same_device(op, "inv_freq", inv_freq, q)
     # A large one times the number of keys would leave float32.
     if not (isinstance(eps, (float, int)) and 0 <= eps <= 1):
-        raise ValueError(f"{op}: eps must be a number from 0 to 1, got {_shown(eps)}")
+        raise ValueError(f"{op}: eps must be a number from 0 to 1, got {shown(eps)}")
     if conv_weight is None:
         if conv_bias is not None:
             raise ValueError(f"{op}: conv_bias must be None without conv_weight, got a tensor")
@@ -189,7 +190,7 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
         _shape(op, "residual", residual, tuple(x.shape), "of x")
         _like(op, "residual", residual, "x", x)
     if not isinstance(gelu, bool):
-        raise TypeError(f"{op}: gelu must be True or False, got {_shown(gelu)}")
+        raise TypeError(f"{op}: gelu must be True or False, got {shown(gelu)}")
     _share(op, p)
     _int64(op, "seed", seed)
 
@@ -317,19 +318,14 @@ def _like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None
 
 def _share(op: str, p: Any) -> None:
     if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: p must lie in [0, 1), got {_shown(p)}")
+        raise ValueError(f"{op}: p must lie in [0, 1), got {shown(p)}")
 
 
 def _int64(op: str, name: str, x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{op}: {name} must be an int, got {_shown(x)}")
+        raise TypeError(f"{op}: {name} must be an int, got {shown(x)}")
     if not -(2**63) <= x < 2**63:
-        raise ValueError(f"{op}: {name} must fit in 64 bits, got {x}")
-
-
-def _shown(x: Any) -> str:
-    """A wrong argument in one short line."""
-    return f"a {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {shown(x)}")
 
 
 def _is_fake(x: Tensor) -> bool:

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import shown
+
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _CHUNK = 64
@@ -67,7 +69,9 @@ def inv_freq(
         return base ** (-(index % pairs) / pairs)
     if rotary == "none":
         return torch.zeros_like(index)
-    raise ValueError(f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {rotary!r}")
+    raise ValueError(
+        f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
+    )
 
 
 def feature_map(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from ..errors import shown
 from . import chunked_topk
 from .checks import check_tensor
 from .gated_rela import needs_gradient
@@ -146,13 +147,13 @@ def _check(
         )
     N = table.shape[0]
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"{op}: k must be an int of at least 1, got {k!r}")
+        raise ValueError(f"{op}: k must be an int of at least 1, got {shown(k)}")
     if k >= 2**31:
-        raise ValueError(f"{op}: k must be below 2**31, got {k}")
+        raise ValueError(f"{op}: k must be below 2**31, got {shown(k)}")
     if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
-        raise TypeError(f"{op}: padding_idx must be an int, got {padding_idx!r}")
+        raise TypeError(f"{op}: padding_idx must be an int, got {shown(padding_idx)}")
     if not 0 <= padding_idx < N:
-        raise ValueError(f"{op}: padding_idx must lie in 0..{N - 1}, got {padding_idx}")
+        raise ValueError(f"{op}: padding_idx must lie in 0..{N - 1}, got {shown(padding_idx)}")
     if (scale is not None) != (table.dtype == torch.int8):
         raise ValueError(f"{op}: scale must be given for an int8 table and for no other")
     if scale is not None and (scale.shape != (N,) or scale.dtype != torch.float32):

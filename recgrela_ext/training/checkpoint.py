@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from recgrela_ext.errors import CheckpointError
+from recgrela_ext.errors import CheckpointError, shown
 
 try:
     import fcntl
@@ -147,7 +147,7 @@ class CheckpointFolder:
                 raise CheckpointError(f"{place} must be a training checkpoint, got other JSON")
             if content.get("version") != _VERSION:
                 raise CheckpointError(
-                    f"{place} must have version {_VERSION}, got {content.get('version')!r}"
+                    f"{place} must have version {_VERSION}, got {shown(content.get('version'))}"
                 )
             told = content.pop("sha256", None)
             whole = told == _sha256_of_json(content) and isinstance(content.get("state"), dict)

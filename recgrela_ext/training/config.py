@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from recgrela_ext.errors import shown
+
 _CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "objective": ("auto", "dense", "prefix"),
@@ -190,7 +192,7 @@ class FitResult:
 
 def _require(holds: bool, name: str, condition: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"TrainConfig: {name} must {condition}, got {value!r}")
+        raise ValueError(f"TrainConfig: {name} must {condition}, got {shown(value)}")
 
 
 def _require_int(name: str, value: object, low: int) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recgrela_ext.errors import shown
 from recgrela_ext.model.losses import default_chunk_rows, softmax_loss
 
 __all__ = [
@@ -56,7 +57,7 @@ class NegativeSampler:
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"NegativeSampler: strategy must be one of {', '.join(_STRATEGIES)},"
-                f" got {strategy!r}"
+                f" got {shown(strategy)}"
             )
         if strategy == "uniform":
             weight = torch.ones(n_items, dtype=torch.float64)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from recgrela_ext.data.sequences import Sequences, Targets
-from recgrela_ext.errors import CheckpointError
+from recgrela_ext.errors import CheckpointError, shown
 from recgrela_ext.training.checkpoint import Checkpoint, CheckpointFolder
 from recgrela_ext.training.config import FitResult, TrainConfig
 from recgrela_ext.training.guards import Interrupt, deterministic_algorithms, own_random_state
@@ -378,13 +378,13 @@ def _check_arguments(
         if limit is None:
             continue
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            raise ValueError(f"fit: {name} must be a positive number, got {limit!r}")
+            raise ValueError(f"fit: {name} must be a positive number, got {shown(limit)}")
         if name != "minutes" and limit % 1 != 0:
-            raise ValueError(f"fit: {name} must be a whole number, got {limit!r}")
+            raise ValueError(f"fit: {name} must be a whole number, got {shown(limit)}")
     if all(limit is None for limit in limits.values()) and (valid is None or not config.patience):
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")
     if resume not in _RESUME:
-        raise ValueError(f"fit: resume must be auto, must or never, got {resume!r}")
+        raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]

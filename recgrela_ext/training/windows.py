@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recgrela_ext.errors import shown
+
 _BUCKET_STEPS = 64  # steps whose windows are sorted by length together, when batches are padded
 
 
@@ -168,7 +170,7 @@ class TrainingWindows:
     ) -> None:
         if objective not in ("dense", "prefix"):
             raise ValueError(
-                f"TrainingWindows: objective must be dense or prefix, got {objective!r}"
+                f"TrainingWindows: objective must be dense or prefix, got {shown(objective)}"
             )
         for name, value, low in (
             ("max_seq_len", max_seq_len, 1),

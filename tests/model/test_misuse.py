@@ -110,9 +110,11 @@ def saved(make_model: MakeModel, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("hidden_size", 2**40, "item_embedding.weight must be"),
-        ("n_items", 2**60, "item_embedding.weight must be"),
-        ("num_layers", 10**9, "tensors for 1000000000 layers"),
+        ("hidden_size", 2**40, "hidden_size must be at most 65536"),
+        ("hidden_size", 2**16, "item_embedding.weight must be"),
+        ("n_items", 2**40, "item_embedding.weight must be"),
+        ("num_layers", 10**9, "num_layers must be at most 65536"),
+        ("num_layers", 60000, "tensors for 60000 layers"),
         ("id_map_file", "nothing.json", "no such file"),
     ],
 )
@@ -178,7 +180,7 @@ TABLE, TAPS = "item_embedding.weight", "GRELA_block.{}.attn.conv1d.weight"
                 TAPS.format(10**9): torch.ones(8, 1, 4),
             },
             CheckpointError,
-            "but has 3 tensors for 1000000001 layers",
+            "num_layers must be at most 65536, got 1000000001",
         ),
     ],
 )

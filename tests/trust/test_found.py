@@ -27,6 +27,7 @@ from recgrela_ext import (
     UserStateStore,
     ops,
 )
+from recgrela_ext.errors import shown
 from recgrela_ext.layers import FeedForward
 from recgrela_ext.model import blob as framing
 from recgrela_ext.model import losses
@@ -339,3 +340,20 @@ def test_arguments_of_the_loss_whatever_the_rows(rows: int) -> None:
     losses.softmax_loss(hidden, torch.ones(3, 4), targets, np.int64(0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"softmax_loss: ignore_index must be an int, got 0\.0"):
         losses.softmax_loss(hidden, torch.ones(3, 4), targets, 0.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.zeros(3, 3), "a Tensor"),
+        (np.zeros((3, 3)), "a ndarray"),
+        pytest.param(10**6000, "a int", id="digits"),
+        ("x" * 500, "a str"),
+        (np.float64(0.5), "np.float64(0.5)"),
+        (None, "None"),
+    ],
+)
+def test_a_wrong_value_is_shown_in_one_short_line(value: object, told: str) -> None:
+    assert shown(value) == told
+    with pytest.raises((TypeError, ValueError), match=f"got {re.escape(told)}$"):
+        ops.topk_scores(torch.ones(1, 2), torch.ones(3, 2), 1, padding_idx=value)  # type: ignore[arg-type]
