@@ -11,7 +11,6 @@ and start again. What a run did is written to tests/trust/results/fuzz-<target>.
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import os
 import random
@@ -21,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,8 +35,9 @@ WRITE_EVERY = 60.0  # seconds between two states of the record
 class Counted:
     """A target that counts, keeps what it found, and stops at a limit of time."""
 
-    def __init__(self, name: str, seconds: float, out: Path, engine: str) -> None:
+    def __init__(self, name: str, runs: int, seconds: float, out: Path, engine: str) -> None:
         self.name, self.seconds, self.out, self.engine = name, seconds, out, engine
+        self.most = runs
         self.folder = tempfile.TemporaryDirectory(prefix="recgrela-fuzz-", dir=fast_folder())
         self.target = targets.make(name, Path(self.folder.name))
         self.earlier: dict[str, Any] = records.read(out) if out.exists() else {}
@@ -61,8 +61,10 @@ class Counted:
         if begin - self.written > WRITE_EVERY:
             self.write()
             self.written = begin
-        if self.seconds and begin - self.start > self.seconds:
+        # Here, and not by a flag of libFuzzer: that ends the process without what is registered.
+        if self.runs >= self.most or (self.seconds and begin - self.start > self.seconds):
             self.finish()
+            sys.stdout.flush()
             os._exit(0)
 
     def keep(self, data: bytes) -> str:
@@ -92,7 +94,7 @@ class Counted:
         records.write(self.out, record)
 
     def finish(self) -> None:
-        """Writes the record, also where libFuzzer ends the process."""
+        """Writes the record."""
         if not self.found:
             self.write()
             print(f"{self.name}: {self.runs} runs, nothing found", flush=True)
@@ -104,8 +106,8 @@ def fast_folder() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
-def guided(counted: Counted, runs: int, flags: list[str]) -> None:
-    """libFuzzer by atheris; it ends the process, and calls atexit before."""
+def guided(counted: Counted, flags: list[str]) -> None:
+    """libFuzzer by atheris, which ends the process at a finding."""
     import atheris
 
     corpus = targets.CORPUS / counted.name
@@ -114,7 +116,6 @@ def guided(counted: Counted, runs: int, flags: list[str]) -> None:
         place.mkdir(parents=True, exist_ok=True)
     # New inputs go into the first folder, failing and slow ones beside it: outside the repository.
     options = [
-        f"-runs={runs}",
         "-max_len=512",
         "-len_control=0",
         "-timeout=300",
@@ -122,22 +123,20 @@ def guided(counted: Counted, runs: int, flags: list[str]) -> None:
     ]
     options.append(f"-artifact_prefix={grown}-")
     atheris.Setup([sys.argv[0], *options, *flags, str(grown), str(corpus)], counted)
-    atexit.register(counted.finish)
     atheris.Fuzz()
 
 
-def at_random(counted: Counted, runs: int, seed: int) -> None:
+def at_random(counted: Counted, seed: int) -> NoReturn:
     """Random bytes and edits of the corpus, for machines without atheris."""
     rng = random.Random(seed)
     known = [path.read_bytes() for path in targets.corpus(counted.name)] or [b""]
-    for _ in range(runs):
+    while True:
         data = bytearray(rng.choice(known)) if rng.random() < 0.3 else bytearray()
         data += rng.randbytes(rng.randrange(200))
         for _ in range(rng.randrange(4)):
             if data:
                 data[rng.randrange(len(data))] = rng.randrange(256)
         counted(bytes(data))
-    counted.finish()
 
 
 def instrumented(engine: str, run: Callable[[], Any]) -> Any:
@@ -180,11 +179,13 @@ def main() -> int:
         parser.error("target must be given")
     engine = "random" if options.random else "atheris"
     out = options.results / f"fuzz-{options.target}.json"
-    counted = instrumented(engine, lambda: Counted(options.target, options.seconds, out, engine))
+    counted = instrumented(
+        engine, lambda: Counted(options.target, options.runs, options.seconds, out, engine)
+    )
     if options.random:
-        at_random(counted, options.runs, options.seed)
+        at_random(counted, options.seed)
     else:
-        guided(counted, options.runs, flags)
+        guided(counted, flags)
     return 0
 
 
