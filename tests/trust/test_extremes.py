@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recgrela_ext import RecGRELA, RecGRELAConfig, SeenItems, UserStateStore, ops
+from recgrela_ext.ops.encoder_step import encoder_step
 from tests.ops.agreement import assert_agrees
 from tests.ops.problems import make_problem, make_state
 from tests.tolerance import assert_same_bits
@@ -99,3 +100,79 @@ def test_giant_tensors() -> None:
     del whole
     packed = problem.but(q=flat, k=flat, v=flat, gate=flat, cu_seqlens=starts).run(ops.gated_rela)
     assert_same_bits("packed", packed[-3 * L :], end.run(ops.gated_rela).view(3 * L, H, D))
+
+
+def spread(rows: torch.Tensor, gap: int) -> torch.Tensor:
+    """The same rows more than 2^31 elements apart; what lies between is never touched."""
+    room = torch.empty(gap * (len(rows) - 1) + rows[0].numel(), dtype=rows.dtype)
+    far = room.as_strided(rows.shape, (gap, *rows[0].contiguous().stride()))
+    return far.copy_(rows)
+
+
+@pytest.mark.slow
+def test_rows_far_apart() -> None:
+    """Users' rows and states 2^31 elements apart, as in a table of half a million states."""
+    gap = 2**31 + 48
+    problem = make_problem(2, 70, 2, 8, dtype=torch.bfloat16)
+    rows = {name: spread(getattr(problem, name), gap) for name in ("q", "k", "v", "gate")}
+    assert_same_bits("rows", problem.run(ops.gated_rela), problem.but(**rows).run(ops.gated_rela))
+    problem = make_problem(2, 1, 2, 8, dtype=torch.float32)
+    near = make_state(2, 2, 8, 4, torch.float32)
+    *sums, position = near
+    far = tuple(spread(x, gap) for x in sums)
+    step = [getattr(problem, name)[:, 0] for name in ("q", "k", "v", "gate")]
+    parameters = (problem.inv_freq, problem.conv_weight, problem.conv_bias)
+    out = [ops.gated_rela_step(*step, *parameters, (*x, position)) for x in (tuple(sums), far)]
+    assert_same_bits("step", *out)
+    for name, x, y in zip(("kv", "k_sum", "conv"), sums, far, strict=True):
+        assert_same_bits(name, x, y)
+
+
+@pytest.mark.slow
+def test_states_far_apart_in_an_encoder_step() -> None:
+    torch.manual_seed(0)
+    model = RecGRELA(RecGRELAConfig(num_items=9, hidden_size=16, num_layers=2, num_heads=2)).eval()
+    near = model.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    packed = model.encoder.packed_weights()
+    assert packed is not None
+    x = torch.randn(2, 16)
+    far = spread(near.buffer, 2**31 + 48)
+    out = [encoder_step(x, packed, (rows, near.position)) for rows in (near.buffer, far)]
+    assert_same_bits("step", *out)
+    assert_same_bits("state", near.buffer, far)
+
+
+@pytest.mark.slow
+def test_giant_catalogue() -> None:
+    """2^31 bytes of item vectors; the best are the last rows and one in the middle."""
+    width, N = 64, 2**31 // 64 + 100
+    table = torch.zeros(N, width, dtype=torch.int8)
+    best = [N - 1, N - 7, N // 2, 1]
+    for place, value in zip(best, (100, 90, 80, 70), strict=True):
+        table[place] = value
+    scores, items = ops.topk_scores(torch.ones(3, width), table, 4, scale=torch.ones(N))
+    assert items.tolist() == [best] * 3
+    assert scores[0].tolist() == [6400, 5760, 5120, 4480]
+
+
+@pytest.mark.slow
+def test_giant_rows_of_the_loss() -> None:
+    """2^31 elements of hidden states; all rows but the last ones have no target."""
+    T, width = 2**31 // 16 + 100, 16
+    hidden = torch.zeros(T, width)
+    targets = torch.zeros(T, dtype=torch.int64)
+    hidden[-40:] = torch.randn(40, width)
+    targets[-40:] = torch.arange(40) % 4 + 1
+    table = torch.randn(5, width)
+    whole, *_ = ops.softmax_loss(hidden, table, targets, gradients=False)
+    end, *_ = ops.softmax_loss(hidden[-40:], table, targets[-40:], gradients=False)
+    torch.testing.assert_close(whole, end)
+
+
+@pytest.mark.slow
+def test_giant_activation() -> None:
+    x = torch.zeros(2**31 // 64 + 100, 64, dtype=torch.bfloat16)
+    x[-3:] = torch.randn(3, 64)
+    out = ops.activation_dropout(x, gelu=True, p=0.0)
+    assert_same_bits("end", out[-3:], ops.activation_dropout(x[-3:], gelu=True, p=0.0))
+    assert not out[: len(out) // 2].any()
