@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recgrela_ext.evaluation.ranking import encode_histories
-from recgrela_ext.training.seen import adjusted_softmax_loss
+from recgrela_ext.model.losses import softmax_loss
 
 BUCKETS = 9  # the last one begins at lag 129
 SCALE = 10.0  # Adam moves a weight by about the rate per step; a bias must get to -10 in an epoch
@@ -60,8 +60,8 @@ class WithRepeatBias(nn.Module):
         """Full softmax over the biased scores; targets [B, L]."""
         hidden = self.encode(item_seq, item_seq_len).flatten(0, 1)
         adjustment = RepeatBias(self.bias, item_seq)
-        return adjusted_softmax_loss(
-            hidden, self.item_embedding.weight, targets.flatten(), adjustment
+        return softmax_loss(
+            hidden, self.item_embedding.weight, targets.flatten(), adjustment=adjustment
         )
 
     @torch.no_grad()

@@ -36,9 +36,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import _library, ops
 from ..errors import shown
+from .softmax_chunks import Adjustment, Scorer, class_range, default_chunk_rows, loss_and_gradients
 
 _TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
-_UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
 
 
 def softmax_loss(
@@ -49,6 +49,7 @@ def softmax_loss(
     exclude_padding_class: bool = True,
     chunk_rows: int | None = None,
     method: str = "auto",
+    adjustment: Adjustment | None = None,
 ) -> Tensor:
     """Mean next-item cross-entropy in nats (RecGRELA paper, section on prediction and training).
 
@@ -63,6 +64,8 @@ def softmax_loss(
         chunk_rows: rows of logits held at once; by default chosen for the cache.
         method: "auto" (`ops.softmax_loss` where it is faster, else chunks), "chunked" or "torch"
             (`F.linear_cross_entropy`, torch >= 2.13).
+        adjustment: what changes the logits before the softmax, as `LeaveOutSeen` of
+            training/seen.py does; the rows then go in chunks. Targets' logits must stay finite.
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -73,16 +76,23 @@ def softmax_loss(
     """
     _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
     ignore_index = int(ignore_index)
-    fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
+    plain = chunk_rows is None and adjustment is None
+    fused = method == "auto" and plain and _fits_kernel(hidden, table)
     rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":
+        if adjustment is not None:
+            raise ValueError("softmax_loss: method must be auto or chunked with an adjustment")
         assert rows is not None
         return _torch_loss(hidden, table, targets, rows, ignore_index, exclude_padding_class)
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
+    parameter = None if adjustment is None else adjustment.parameter
+    wants_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, table, parameter)
+    )
     excluded = ignore_index if exclude_padding_class else None
     loss: Tensor = _Softmax.apply(
-        hidden, table, targets, rows, ignore_index, excluded, chunk_rows, wants_grad
-    )
+        hidden, table, parameter, targets, rows, ignore_index, excluded, chunk_rows, wants_grad,
+        adjustment,
+    )  # fmt: skip
     return loss
 
 
@@ -98,129 +108,52 @@ def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
     return at_once >= _TILE * torch.get_num_threads()
 
 
-def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
-    """Rows of logits held at once: 64 to 256 on the CPU (cache), up to 8192 on a GPU."""
-    if device_type == "cpu":
-        return min(256, max(64, 2**24 // max(n_items, 1)))
-    return min(8192, max(64, 2**26 // max(n_items, 1)))
-
-
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         table: Tensor,
+        parameter: Tensor | None,
         targets: Tensor,
         rows: Tensor | None,
         ignore_index: int,
         excluded: int | None,
         chunk_rows: int | None,
         wants_grad: bool,
+        adjustment: Adjustment | None,
     ) -> Tensor:
         factors = _autocast_factors(hidden.device.type)
-        grad_hidden: Tensor | None
-        grad_table: Tensor | None
+        gradients: tuple[Tensor | None, ...]
         with torch.autocast(hidden.device.type, enabled=False):
             if rows is None:
                 dtype = _score_dtype(hidden, table)
-                loss, grad_hidden, grad_table = ops.softmax_loss(
+                loss, *found = ops.softmax_loss(
                     hidden.to(dtype), table.to(dtype), targets, ignore_index,
                     excluded is not None, wants_grad,
                 )  # fmt: skip
+                gradients = *found, None
             else:
-                loss, grad_hidden, grad_table = _loss_and_gradients(
-                    hidden, table, targets, rows, excluded, chunk_rows, wants_grad, factors
+                scorer = Scorer(table, _score_dtype(hidden, table), excluded, adjustment)
+                loss, gradients = loss_and_gradients(
+                    hidden, scorer, targets, rows, chunk_rows, wants_grad, factors
                 )
         if wants_grad:
-            ctx.save_for_backward(grad_hidden, grad_table)
-            ctx.dtypes = hidden.dtype, table.dtype  # cast after a loss scale was applied
+            ctx.save_for_backward(*gradients)
+            ctx.dtypes = [x if x is None else x.dtype for x in (hidden, table, parameter)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_table = ctx.saved_tensors
-        needs_hidden, needs_table = ctx.needs_input_grad[:2]
-        return (
-            (grad_hidden * grad_loss).to(ctx.dtypes[0]) if needs_hidden else None,
-            (grad_table * grad_loss).to(ctx.dtypes[1]) if needs_table else None,
-            *([None] * 6),
-        )
-
-
-def _loss_and_gradients(
-    hidden: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    excluded: int | None,
-    chunk_rows: int | None,
-    wants_grad: bool,
-    factors: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dtype = _score_dtype(hidden, table)
-    num_rows, n_items = rows.numel(), table.shape[0]
-    first, last = _class_range(n_items, excluded)
-    classes = table[first:last].to(dtype)  # [C, hidden]
-    masked = excluded if last - first == n_items else None
-    low_classes = classes if factors is None else classes.to(factors)
-    grad_hidden = grad_table = grad_classes = None
-    if wants_grad:
-        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        grad_table = torch.zeros(table.shape, dtype=dtype, device=table.device)
-        grad_classes = grad_table[first:last]
-    total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else dtype).to(
-        hidden.device
-    )
-    size = chunk_rows or default_chunk_rows(n_items, hidden.device.type)
-    logits = torch.empty(min(size, num_rows), classes.shape[0], dtype=dtype, device=hidden.device)
-    for start in range(0, num_rows, size):
-        index = rows[start : start + size]
-        h = hidden.index_select(0, index).to(dtype)  # [c, hidden]
-        y = targets.index_select(0, index).unsqueeze(1) - first  # [c, 1]
-        p = logits[: h.shape[0]]  # [c, C]
-        torch.mm(h, classes.t(), out=p)
-        if masked is not None:
-            p[:, masked] = -torch.inf
-        total += _softmax_in_place(p, h, classes, y, masked)
-        if grad_hidden is not None and grad_classes is not None:
-            # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
-            p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y))
-            if factors is None:
-                grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
-                grad_classes.addmm_(p.t(), h)
-            else:
-                low = p.to(factors)
-                grad_rows = (low @ low_classes).to(dtype).div_(num_rows)
-                grad_hidden.index_copy_(0, index, grad_rows)
-                grad_classes += low.t() @ h.to(factors)
-    if grad_table is not None:
-        grad_table.div_(max(num_rows, 1))
-    return (total / max(num_rows, 1)).to(dtype), grad_hidden, grad_table
-
-
-def _softmax_in_place(
-    logits: Tensor, h: Tensor, classes: Tensor, y: Tensor, masked: int | None
-) -> Tensor:
-    """Turns logits [c, C] into probabilities; returns the summed negative log-likelihood of y."""
-    if logits.device.type != "cpu":
-        torch.log_softmax(logits, 1, out=logits)
-        nll = -logits.gather(1, y).sum()
-        logits.exp_()
-        return nll
-    torch.softmax(logits, 1, out=logits)  # one pass less than log_softmax and exp
-    picked = logits.gather(1, y)
-    total = -picked.log().sum(dtype=torch.float64)
-    small = (picked.squeeze(1) < _UNDERFLOW).nonzero().squeeze(1)
-    if small.numel() == 0:
-        return total
-    exact = h[small] @ classes.t()
-    if masked is not None:
-        exact[:, masked] = -torch.inf
-    picked[small] = 1.0
-    nll = F.cross_entropy(exact, y[small, 0], reduction="sum")
-    return nll.double() - picked.log().sum(dtype=torch.float64)
+        # Cast after a loss scale was applied.
+        gradients = [
+            (grad * grad_loss).to(dtype) if needed and grad is not None else None
+            for grad, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        return *gradients, *([None] * 7)
 
 
 def _score_dtype(hidden: Tensor, table: Tensor) -> torch.dtype:
@@ -234,15 +167,6 @@ def _autocast_factors(device_type: str) -> torch.dtype | None:
     return torch.bfloat16 if torch.get_autocast_dtype(device_type) == torch.bfloat16 else None
 
 
-def _class_range(n_items: int, excluded: int | None) -> tuple[int, int]:
-    """Rows of the table that are classes; an excluded row in the middle is masked instead."""
-    if excluded == 0:
-        return 1, n_items
-    if excluded == n_items - 1:
-        return 0, n_items - 1
-    return 0, n_items
-
-
 def _torch_loss(
     hidden: Tensor,
     table: Tensor,
@@ -251,7 +175,7 @@ def _torch_loss(
     ignore_index: int,
     exclude_padding_class: bool,
 ) -> Tensor:
-    first, last = _class_range(table.shape[0], ignore_index if exclude_padding_class else None)
+    first, last = class_range(table.shape[0], ignore_index if exclude_padding_class else None)
     if rows.numel() == 0:
         return (hidden.sum() + table.sum()) * 0.0
     if exclude_padding_class and last - first == table.shape[0]:

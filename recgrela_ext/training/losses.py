@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recgrela_ext.errors import shown
-from recgrela_ext.model.losses import default_chunk_rows, softmax_loss
+from recgrela_ext.model.losses import softmax_loss
+from recgrela_ext.model.softmax_chunks import default_chunk_rows
 
 __all__ = [
     "NegativeSampler",

@@ -14,7 +14,7 @@ from recgrela_ext.data.sequences import Sequences
 from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.training.config import TrainConfig
 from recgrela_ext.training.losses import NegativeSampler, bpr_loss, sampled_softmax_loss
-from recgrela_ext.training.seen import LeaveOutSeen, adjusted_softmax_loss, first_places
+from recgrela_ext.training.seen import LeaveOutSeen, first_places
 from recgrela_ext.training.windows import Batch
 
 
@@ -92,7 +92,7 @@ class Stepper:
             if self.config.loss == "unseen":
                 length = None if self.packed else item_seq.shape[1]
                 seen = self._seen(batch, length, len(table))
-                return adjusted_softmax_loss(hidden, table, targets, seen, self._padding_idx)
+                return softmax_loss(hidden, table, targets, self._padding_idx, adjustment=seen)
             if self._sampler is None:
                 return softmax_loss(
                     hidden, table, targets, self._padding_idx, not self._attend_padding

@@ -15,8 +15,8 @@ from benchmarks.quality_run import build
 from benchmarks.repeat_bias import BUCKETS, SCALE, RepeatBias, WithRepeatBias, bucket
 from recgrela_ext import RecGRELA, evaluate, fit
 from recgrela_ext.data.sequences import Sequences, Targets
+from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.training import TrainConfig
-from recgrela_ext.training.seen import adjusted_softmax_loss
 
 N = 20
 
@@ -77,7 +77,7 @@ def test_gradcheck() -> None:
     bias = torch.randn(BUCKETS, dtype=torch.float64, requires_grad=True)
 
     def loss(h: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return adjusted_softmax_loss(h, t, targets, RepeatBias(b, items))
+        return softmax_loss(h, t, targets, adjustment=RepeatBias(b, items))
 
     assert torch.autograd.gradcheck(loss, (hidden, table, bias))
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from recgrela_ext import RecGRELA, RecGRELAConfig
 from recgrela_ext.data.sequences import Sequences
+from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.training import TrainConfig, fit
-from recgrela_ext.training.seen import LeaveOutSeen, adjusted_softmax_loss, first_places
+from recgrela_ext.training.seen import LeaveOutSeen, first_places
 from recgrela_ext.training.stepper import Stepper
 from recgrela_ext.training.windows import TrainingWindows
 from tests.training.conftest import NUM_ITEMS, make_model
@@ -104,7 +105,7 @@ def test_gradients_and_repeats() -> None:
     window, place = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 0, 1, 2])
 
     def loss(h: Tensor, t: Tensor) -> Tensor:
-        return adjusted_softmax_loss(h, t, targets, LeaveOutSeen(first, window, place))
+        return softmax_loss(h, t, targets, adjustment=LeaveOutSeen(first, window, place))
 
     expected = masked_loss(hidden, table, targets, [{2}, {2}, {5}, {5}, {2}])
     torch.testing.assert_close(loss(hidden, table), expected)
@@ -119,7 +120,7 @@ def test_probabilities_that_underflow() -> None:
     window, place = torch.arange(40) // 20, torch.arange(40) % 20
     seen = [set((first[i // 20] <= i % 20).nonzero().flatten().tolist()) for i in range(40)]
     exact = masked_loss(hidden.double(), table.double(), targets, seen)
-    found = adjusted_softmax_loss(hidden, table, targets, LeaveOutSeen(first, window, place))
+    found = softmax_loss(hidden, table, targets, adjustment=LeaveOutSeen(first, window, place))
     assert exact > 100  # most targets have probability 0 in float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
@@ -128,7 +129,7 @@ def test_no_target_no_loss() -> None:
     hidden, table = torch.randn(2, 4, requires_grad=True), torch.randn(5, 4)
     nothing = torch.zeros(2, dtype=torch.int64)
     first = torch.zeros(1, 5, dtype=torch.int32)
-    loss = adjusted_softmax_loss(hidden, table, nothing, LeaveOutSeen(first, nothing, nothing))
+    loss = softmax_loss(hidden, table, nothing, adjustment=LeaveOutSeen(first, nothing, nothing))
     loss.backward()
     assert loss == 0
     assert not hidden.grad.any()

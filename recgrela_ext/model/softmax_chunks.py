@@ -1,0 +1,139 @@
+"""The softmax loss and its gradients a chunk of rows at a time; losses.py decides when.
+
+The gradient of a chunk is formed while its probabilities are in the cache. Logits, probabilities
+and sums are float32 at least.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
+
+
+class Adjustment(Protocol):
+    """What is done to the logits of some rows before the softmax."""
+
+    parameter: Tensor | None  # what it learns, if anything
+
+    def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
+        """Changes logits [c, n_items] of the rows `rows` [c] of hidden, in place."""
+
+    def gradient(self, d_logits: Tensor, rows: Tensor) -> Tensor | None:
+        """Of the parameter, from that of the adjusted logits [c, n_items]."""
+
+
+def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
+    """Rows of logits held at once: 64 to 256 on the CPU (cache), up to 8192 on a GPU."""
+    if device_type == "cpu":
+        return min(256, max(64, 2**24 // max(n_items, 1)))
+    return min(8192, max(64, 2**26 // max(n_items, 1)))
+
+
+class Scorer:
+    """Logits of some rows over the classes, which are all rows of the table or all but one."""
+
+    def __init__(
+        self, table: Tensor, dtype: torch.dtype, excluded: int | None, adjustment: Adjustment | None
+    ) -> None:
+        n_items = table.shape[0]
+        self.adjustment = adjustment
+        # An adjustment sees every item at its own place: then an excluded one is masked.
+        whole = adjustment is not None
+        self.first, self.last = (0, n_items) if whole else class_range(n_items, excluded)
+        self.masked = excluded if self.last - self.first == n_items else None
+        self.classes = table[self.first : self.last].to(dtype)  # [C, hidden]
+        self.table_shape = table.shape
+
+    def logits(self, h: Tensor, index: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """[c, C] of rows h [c, hidden], which are `index` [c] of all, with targets y [c]."""
+        logits = torch.mm(h, self.classes.t(), out=out)
+        if self.adjustment is not None:
+            self.adjustment.apply(logits, index, y)
+        if self.masked is not None:
+            logits[:, self.masked] = -torch.inf
+        return logits
+
+
+def loss_and_gradients(
+    hidden: Tensor,
+    scorer: Scorer,
+    targets: Tensor,
+    rows: Tensor,
+    chunk_rows: int | None,
+    wants_grad: bool,
+    factors: torch.dtype | None,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss and its gradients by hidden, the table and the adjustment's parameter."""
+    classes, first, adjustment = scorer.classes, scorer.first, scorer.adjustment
+    dtype, device, num_rows = classes.dtype, hidden.device, rows.numel()
+    low_classes = classes if factors is None else classes.to(factors)
+    grad_hidden = grad_table = grad_classes = None
+    grad_parameter: Tensor | None = None
+    if wants_grad:
+        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        grad_table = torch.zeros(scorer.table_shape, dtype=dtype, device=device)
+        grad_classes = grad_table[first : scorer.last]
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
+    size = chunk_rows or default_chunk_rows(scorer.table_shape[0], device.type)
+    room = torch.empty(min(size, num_rows), classes.shape[0], dtype=dtype, device=device)
+    for start in range(0, num_rows, size):
+        index = rows[start : start + size]
+        h = hidden.index_select(0, index).to(dtype)  # [c, hidden]
+        y = targets.index_select(0, index) - first  # [c]
+        p = scorer.logits(h, index, y, out=room[: h.shape[0]])  # [c, C]
+        total += _softmax_in_place(p, h, index, y, scorer)
+        if grad_hidden is not None and grad_classes is not None:
+            # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
+            p.scatter_add_(1, y[:, None], p.new_full((), -1.0).expand(len(y), 1))
+            if factors is None:
+                grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
+                grad_classes.addmm_(p.t(), h)
+            else:
+                low = p.to(factors)
+                grad_rows = (low @ low_classes).to(dtype).div_(num_rows)
+                grad_hidden.index_copy_(0, index, grad_rows)
+                grad_classes += low.t() @ h.to(factors)
+            if adjustment is not None:
+                found = adjustment.gradient(p, index)
+                if found is not None:
+                    grad_parameter = found if grad_parameter is None else grad_parameter + found
+    if grad_table is not None:
+        grad_table.div_(max(num_rows, 1))
+    if grad_parameter is not None:
+        grad_parameter = grad_parameter / num_rows
+    return (total / max(num_rows, 1)).to(dtype), (grad_hidden, grad_table, grad_parameter)
+
+
+def _softmax_in_place(
+    logits: Tensor, h: Tensor, index: Tensor, y: Tensor, scorer: Scorer
+) -> Tensor:
+    """Turns logits [c, C] into probabilities; returns the summed negative log-likelihood of y."""
+    if logits.device.type != "cpu":
+        torch.log_softmax(logits, 1, out=logits)
+        nll = -logits.gather(1, y[:, None]).sum()
+        logits.exp_()
+        return nll
+    torch.softmax(logits, 1, out=logits)  # one pass less than log_softmax and exp
+    picked = logits.gather(1, y[:, None])
+    total = -picked.log().sum(dtype=torch.float64)
+    small = (picked.squeeze(1) < _UNDERFLOW).nonzero().squeeze(1)
+    if small.numel() == 0:
+        return total
+    exact = scorer.logits(h[small], index[small], y[small])
+    picked[small] = 1.0
+    nll = F.cross_entropy(exact, y[small], reduction="sum")
+    return nll.double() - picked.log().sum(dtype=torch.float64)
+
+
+def class_range(n_items: int, excluded: int | None) -> tuple[int, int]:
+    """Rows of the table that are classes; an excluded row in the middle is masked instead."""
+    if excluded == 0:
+        return 1, n_items
+    if excluded == n_items - 1:
+        return 0, n_items - 1
+    return 0, n_items
