@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recgrela_ext.evaluation.ranking import encode_histories
 from recgrela_ext.model.losses import softmax_loss
+from recgrela_ext.ops import LogitBias
 
 BUCKETS = 9  # the last one begins at lag 129
 SCALE = 10.0  # Adam moves a weight by about the rate per step; a bias must get to -10 in an epoch
@@ -59,10 +61,8 @@ class WithRepeatBias(nn.Module):
     def loss(self, item_seq: Tensor, item_seq_len: Tensor, targets: Tensor) -> Tensor:
         """Full softmax over the biased scores; targets [B, L]."""
         hidden = self.encode(item_seq, item_seq_len).flatten(0, 1)
-        adjustment = RepeatBias(self.bias, item_seq)
-        return softmax_loss(
-            hidden, self.item_embedding.weight, targets.flatten(), adjustment=adjustment
-        )
+        bias = repeat_bias(self.bias, item_seq, targets)
+        return softmax_loss(hidden, self.item_embedding.weight, targets.flatten(), bias=bias)
 
     @torch.no_grad()
     def score(self, histories: list[np.ndarray]) -> Tensor:
@@ -79,36 +79,17 @@ class WithRepeatBias(nn.Module):
         return scores
 
 
-class RepeatBias:
-    """The bias as an adjustment of the logits of right-padded windows [B, L], row b L + t."""
-
-    def __init__(self, bias: Tensor, item_seq: Tensor) -> None:
-        self.parameter: Tensor | None = bias
-        self.items = item_seq
-        L = item_seq.shape[1]
-        same = item_seq[:, :, None] == item_seq[:, None, :]
-        later = torch.ones(L, L, dtype=torch.bool).triu(1)
-        # [B, L]: the place at which an item comes again, L when it does not
-        self.again = torch.where((same & later).any(2), (same & later).int().argmax(2), L)
-        self.place = torch.arange(L)
-        self.bucket = bucket(self.place + 1)  # by lag - 1
-
-    def _pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row: the window's items [c, L], whether each counts, and its bucket."""
-        L = len(self.place)
-        window, t = rows // L, (rows % L)[:, None]
-        counts = (self.place <= t) & (self.again[window] > t)
-        return self.items[window], counts, self.bucket[(t - self.place).clamp(min=0)]
-
-    def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
-        assert self.parameter is not None
-        items, counts, where = self._pairs(rows)
-        value = (SCALE * self.parameter)[where].to(logits.dtype)
-        logits.scatter_add_(1, items, torch.where(counts, value, 0.0))
-
-    def gradient(self, d_logits: Tensor, rows: Tensor) -> Tensor:
-        assert self.parameter is not None
-        items, counts, where = self._pairs(rows)
-        found = torch.where(counts, d_logits.gather(1, items), 0.0) * SCALE
-        zeros = torch.zeros(BUCKETS, dtype=found.dtype)
-        return zeros.scatter_add_(0, where.flatten(), found.flatten()).to(self.parameter.dtype)
+def repeat_bias(bias: Tensor, item_seq: Tensor, targets: Tensor) -> LogitBias:
+    """For right-padded windows [B, L]: of row b L + t, where it has a target (not 0)."""
+    L = item_seq.shape[1]
+    place = torch.arange(L)
+    same = item_seq[:, :, None] == item_seq[:, None, :]
+    later = torch.ones(L, L, dtype=torch.bool).triu(1)
+    # [B, L]: the place at which an item comes again, L when it does not
+    again = torch.where((same & later).any(2), (same & later).int().argmax(2), L)
+    counts = (place <= place[:, None]) & (again[:, None] > place[:, None])  # [B, L, L]
+    counts &= (targets != 0)[:, :, None]
+    window, t, s = counts.nonzero(as_tuple=True)
+    offsets = F.pad(counts.sum(2).flatten().cumsum(0), (1, 0))
+    values = (SCALE * bias)[bucket(place + 1)][t - s]
+    return LogitBias(offsets, item_seq[window, s], values)

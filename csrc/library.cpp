@@ -54,7 +54,9 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
 
   m.def(
       "softmax_loss(Tensor hidden, Tensor table, Tensor targets, int ignore_index, "
-      "bool exclude, bool gradients) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table)");
+      "bool exclude, bool gradients, Tensor? bias_offsets, Tensor? bias_items, "
+      "Tensor? bias_values) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table, "
+      "Tensor grad_bias)");
 
   m.def("feed_forward_forward" FEED_FORWARD_ARGS);
   m.def("feed_forward" FEED_FORWARD_ARGS);

@@ -83,11 +83,12 @@ Tensor activation_dropout_backward_cpu(Tensor grad, OptionalTensor x, bool gelu,
                                        int64_t seed);
 
 // Mean cross-entropy of the rows of hidden [T, C] whose target [T] int64 is not ignore_index, over
-// the rows of table [N, C] without row ignore_index where exclude; and both gradients, empty unless
-// asked for. float32 or float64, contiguous.
-std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table, Tensor targets,
-                                                    int64_t ignore_index, bool exclude,
-                                                    bool gradients);
+// the rows of table [N, C] without row ignore_index where exclude; and the gradients, empty unless
+// asked for. float32 or float64, contiguous. To the score of row t and item bias_items[k] comes
+// bias_values[k], k from bias_offsets[t] to bias_offsets[t + 1].
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
+    Tensor hidden, Tensor table, Tensor targets, int64_t ignore_index, bool exclude, bool gradients,
+    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values);
 
 // [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2) of rows x [N, C], W1 [M, C], W2 [C, M], C
 // and M multiples of 16; pre = W1 x + b1 [N, M], empty unless save_for_backward. The

@@ -106,6 +106,12 @@ struct SoftmaxLossParams {
   void* scaled;                      // chunk: [rows, class_stride]
   double* losses;                    // [num_rows]
   void *grad_hidden, *grad_classes;  // [T, width], [classes, class_stride]; nullptr: not wanted
+  // Added to scores: of row t, bias_values[k] to the score of table row bias_items[k], k from
+  // bias_offsets[t] to bias_offsets[t + 1]; items that are no class are passed by. nullptr: none.
+  const int64_t *bias_offsets, *bias_items;
+  const void* bias_values;
+  void* grad_bias;
+  int64_t first_class;  // row of the table
 };
 
 constexpr int64_t kLossTile = 32;  // rows, a multiple of every level's tile

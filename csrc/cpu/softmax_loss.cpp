@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../arguments.h"
@@ -31,6 +32,30 @@ void check(const Tensor& hidden, const Tensor& table, const Tensor& targets, int
   check_dense(kOp, "targets", targets, {hidden.size(0)}, ScalarType::Long, hidden);
   RECGRELA_CHECK(!exclude || (ignore_index >= 0 && ignore_index < table.size(0)), kOp,
                  ": ignore_index must be a row of table to be excluded, got ", ignore_index);
+}
+
+// One bias for some items of some rows; see SoftmaxLossParams.
+void check_bias(const Tensor& hidden, int64_t n_items, const Tensor& offsets, const Tensor& items,
+                const Tensor& values) {
+  check_dense(kOp, "bias.offsets", offsets, {hidden.size(0) + 1}, ScalarType::Long, hidden);
+  RECGRELA_CHECK(items.dim() == 1, kOp, ": bias.items must have shape [K], got ",
+                 shape_text(items));
+  check_dense(kOp, "bias.items", items, {items.size(0)}, ScalarType::Long, hidden);
+  check_dense(kOp, "bias.values", values, {items.size(0)}, hidden.scalar_type(), hidden);
+  const int64_t* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t* rows = static_cast<const int64_t*>(items.const_data_ptr());
+  const int64_t last = hidden.size(0), count = items.size(0);
+  RECGRELA_CHECK(bounds[0] == 0 && bounds[last] == count, kOp,
+                 ": bias.offsets must rise from 0 to K=", count, ", got ", bounds[0], " to ",
+                 bounds[last]);
+  for (int64_t t = 0; t < last; ++t) {
+    RECGRELA_CHECK(bounds[t] <= bounds[t + 1], kOp, ": bias.offsets must rise from 0 to K=", count,
+                   ", got ", bounds[t], " before ", bounds[t + 1]);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    RECGRELA_CHECK(rows[k] >= 0 && rows[k] < n_items, kOp, ": bias.items must lie in 0..",
+                   n_items - 1, ", got ", rows[k]);
+  }
 }
 
 // The table's rows that are classes: one slice, with a row in its middle masked where it is none.
@@ -76,10 +101,14 @@ char* row_of(void* data, int64_t row, int64_t width, std::size_t element) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table, Tensor targets,
-                                                    int64_t ignore_index, bool exclude,
-                                                    bool gradients) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
+    Tensor hidden, Tensor table, Tensor targets, int64_t ignore_index, bool exclude, bool gradients,
+    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values) {
   check(hidden, table, targets, ignore_index, exclude);
+  const bool bias = bias_offsets.has_value();
+  RECGRELA_CHECK(bias == bias_items.has_value() && bias == bias_values.has_value(), kOp,
+                 ": bias must be given as offsets, items and values, got some of them");
+  if (bias) check_bias(hidden, table.size(0), *bias_offsets, *bias_items, *bias_values);
   const int64_t n_items = table.size(0), width = hidden.size(1);
   const Classes classes = find_classes(n_items, exclude, ignore_index);
   std::vector<int64_t> rows, wanted;
@@ -103,9 +132,16 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
   Tensor loss = torch::stable::new_empty(hidden, {});
   Tensor grad_hidden = torch::stable::new_empty(hidden, {0});
   Tensor grad_table = torch::stable::new_empty(hidden, {0});
+  Tensor grad_bias = torch::stable::new_empty(hidden, {0});
   Tensor padded_classes = grad_table, padded_gradient = grad_table;
   const bool padded = p.class_stride != width;
   const char* table_rows = static_cast<const char*>(table.const_data_ptr());
+  p.first_class = classes.first;
+  if (bias) {
+    p.bias_offsets = static_cast<const int64_t*>(bias_offsets->const_data_ptr());
+    p.bias_items = static_cast<const int64_t*>(bias_items->const_data_ptr());
+    p.bias_values = bias_values->const_data_ptr();
+  }
   p.class_rows = table_rows + std::size_t(classes.first * width) * element;
   if (padded) {
     padded_classes = torch::stable::new_empty(hidden, {p.classes, p.class_stride});
@@ -119,6 +155,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
                       : torch::stable::new_empty(hidden, {hidden.size(0), width});
     grad_table = p.num_rows == 0 ? torch::stable::new_zeros(table, {n_items, width})
                                  : torch::stable::new_empty(table, {n_items, width});
+    if (bias) {  // zero for rows without a target
+      grad_bias = torch::stable::new_zeros(hidden, {bias_items->size(0)});
+      p.grad_bias = grad_bias.mutable_data_ptr();
+    }
     p.grad_hidden = grad_hidden.mutable_data_ptr();
     p.grad_classes = row_of(grad_table.mutable_data_ptr(), classes.first, width, element);
     if (padded) {
@@ -171,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss_cpu(Tensor hidden, Tensor table,
                   std::size_t(width) * element);
     }
   }
-  return {loss, grad_hidden, grad_table};
+  return {loss, grad_hidden, grad_table, grad_bias};
 }
 
 }  // namespace recgrela

@@ -48,6 +48,37 @@ RECGRELA_NOINLINE void score_tile(const SoftmaxLossParams& p, const LossTile<A>&
   for (int v = 0; v < 2; ++v) store_vector(largest[v], tile.largest + v * kLanes<A>);
 }
 
+// Calls f(k, place of its score in the tile) for every bias of row i of the tile.
+template <class A, class F>
+RECGRELA_INLINE void for_bias(const SoftmaxLossParams& p, int64_t row, int64_t i, F&& f) {
+  for (int64_t k = p.bias_offsets[row]; k < p.bias_offsets[row + 1]; ++k) {
+    const int64_t j = p.bias_items[k] - p.first_class;
+    const bool counts = j >= 0 && j < p.classes && j != p.masked;
+    f(k, counts ? j * kLossRows<A> + i : -1);
+  }
+}
+
+// Adds the bias of listed rows [first, first + rows) and finds the largest scores anew.
+template <class A>
+RECGRELA_NOINLINE void add_bias(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t first,
+                                int64_t rows) {
+  const A* values = static_cast<const A*>(p.bias_values);
+  for (int64_t i = 0; i < rows; ++i) {
+    for_bias<A>(p, p.rows[first + i], i, [&](int64_t k, int64_t place) {
+      if (place >= 0) tile.scores[place] += values[k];
+    });
+  }
+  Vec<A> largest[2] = {splat(A(-INFINITY)), splat(A(-INFINITY))};
+  for (int64_t j = 0; j < p.classes; ++j) {
+    if (j == p.masked) continue;
+    for (int v = 0; v < 2; ++v) {
+      const A* scores = tile.scores + j * kLossRows<A> + v * kLanes<A>;
+      largest[v] = larger(largest[v], load_vector(scores));
+    }
+  }
+  for (int v = 0; v < 2; ++v) store_vector(largest[v], tile.largest + v * kLanes<A>);
+}
+
 // exp of classes [begin, end) in place, added to the rows' sums; NaN stays NaN.
 template <class A>
 RECGRELA_NOINLINE void exp_block(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t begin,
@@ -96,8 +127,9 @@ RECGRELA_NOINLINE void add_gradient_block(const SoftmaxLossParams& p, const Loss
   });
 }
 
-// Rows [first, first + rows) of the listed ones: loss, gradient of hidden, and what class_gradients
-// needs, the differences of probabilities and targets times the sum, and hidden over the sum.
+// Rows [first, first + rows) of the listed ones: loss, gradients of hidden and of the bias, and
+// what class_gradients needs, the differences of probabilities and targets times the sum, and
+// hidden over the sum.
 template <class A>
 void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t first, int64_t rows) {
   const A *hidden = static_cast<const A*>(p.hidden), *classes = static_cast<const A*>(p.class_rows);
@@ -107,6 +139,7 @@ void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t firs
     tile.sum[i] = A(0);
   }
   score_tile(p, tile);
+  if (p.bias_offsets) add_bias(p, tile, first, rows);
   for (int64_t i = 0; i < rows; ++i) {
     tile.wanted[i] = tile.scores[p.targets[first + i] * kLossRows<A> + i];
   }
@@ -130,6 +163,12 @@ void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t firs
       scaled[c] = from[c] * factor;
     }
     tile.scores[y * kLossRows<A> + i] -= tile.sum[i];
+    if (p.bias_offsets) {
+      A* gradient = static_cast<A*>(p.grad_bias);
+      for_bias<A>(p, row, i, [&](int64_t k, int64_t place) {
+        gradient[k] = place >= 0 ? tile.scores[place] * factor : A(0);
+      });
+    }
   }
 }
 

@@ -26,6 +26,7 @@ rows 33 to 23 ms, 512 rows of 100,000 items 278 to 190) and 4 and 85 MB. That is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _library, ops
 from ..errors import shown
-from .softmax_chunks import Adjustment, Scorer, class_range, default_chunk_rows, loss_and_gradients
+from ..ops.checks import check_bias, check_bias_values
+from .softmax_chunks import Scorer, class_range, default_chunk_rows, loss_and_gradients
 
 _TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
 
@@ -49,7 +51,7 @@ def softmax_loss(
     exclude_padding_class: bool = True,
     chunk_rows: int | None = None,
     method: str = "auto",
-    adjustment: Adjustment | None = None,
+    bias: ops.LogitBias | None = None,
 ) -> Tensor:
     """Mean next-item cross-entropy in nats (RecGRELA paper, section on prediction and training).
 
@@ -64,8 +66,8 @@ def softmax_loss(
         chunk_rows: rows of logits held at once; by default chosen for the cache.
         method: "auto" (`ops.softmax_loss` where it is faster, else chunks), "chunked" or "torch"
             (`F.linear_cross_entropy`, torch >= 2.13).
-        adjustment: what changes the logits before the softmax, as `LeaveOutSeen` of
-            training/seen.py does; the rows then go in chunks. Targets' logits must stay finite.
+        bias: what is added to the logits of some items of some rows; its values are differentiable.
+            -inf leaves an item out; a target's logit must stay finite.
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -75,24 +77,26 @@ def softmax_loss(
         TypeError: `targets` is not int64, `ignore_index` no int.
     """
     _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
+    if bias is not None:
+        check_bias("softmax_loss", bias, hidden)
     ignore_index = int(ignore_index)
-    plain = chunk_rows is None and adjustment is None
-    fused = method == "auto" and plain and _fits_kernel(hidden, table)
+    fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
+    if bias is not None and not fused:
+        check_bias_values("softmax_loss", bias, len(table))
     rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":
-        if adjustment is not None:
-            raise ValueError("softmax_loss: method must be auto or chunked with an adjustment")
+        if bias is not None:
+            raise ValueError("softmax_loss: method must be auto or chunked with a bias, got torch")
         assert rows is not None
         return _torch_loss(hidden, table, targets, rows, ignore_index, exclude_padding_class)
-    parameter = None if adjustment is None else adjustment.parameter
+    values = None if bias is None else bias.values
     wants_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, table, parameter)
+        x is not None and x.requires_grad for x in (hidden, table, values)
     )
     excluded = ignore_index if exclude_padding_class else None
     loss: Tensor = _Softmax.apply(
-        hidden, table, parameter, targets, rows, ignore_index, excluded, chunk_rows, wants_grad,
-        adjustment,
-    )  # fmt: skip
+        hidden, table, values, targets, rows, ignore_index, excluded, chunk_rows, wants_grad, bias
+    )
     return loss
 
 
@@ -114,33 +118,34 @@ class _Softmax(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         table: Tensor,
-        parameter: Tensor | None,
+        values: Tensor | None,  # of the bias, for autograd
         targets: Tensor,
         rows: Tensor | None,
         ignore_index: int,
         excluded: int | None,
         chunk_rows: int | None,
         wants_grad: bool,
-        adjustment: Adjustment | None,
+        bias: ops.LogitBias | None,
     ) -> Tensor:
         factors = _autocast_factors(hidden.device.type)
-        gradients: tuple[Tensor | None, ...]
+        dtype = _score_dtype(hidden, table)
+        gradients: Sequence[Tensor | None]
         with torch.autocast(hidden.device.type, enabled=False):
             if rows is None:
-                dtype = _score_dtype(hidden, table)
-                loss, *found = ops.softmax_loss(
+                if bias is not None:
+                    bias = bias._replace(values=bias.values.to(dtype))
+                loss, *gradients = ops.softmax_loss(
                     hidden.to(dtype), table.to(dtype), targets, ignore_index,
-                    excluded is not None, wants_grad,
+                    excluded is not None, wants_grad, bias,
                 )  # fmt: skip
-                gradients = *found, None
             else:
-                scorer = Scorer(table, _score_dtype(hidden, table), excluded, adjustment)
+                scorer = Scorer(table, dtype, excluded, bias)
                 loss, gradients = loss_and_gradients(
                     hidden, scorer, targets, rows, chunk_rows, wants_grad, factors
                 )
         if wants_grad:
             ctx.save_for_backward(*gradients)
-            ctx.dtypes = [x if x is None else x.dtype for x in (hidden, table, parameter)]
+            ctx.dtypes = [x if x is None else x.dtype for x in (hidden, table, values)]
         return loss
 
     @staticmethod
@@ -148,7 +153,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # Cast after a loss scale was applied.
         gradients = [
-            (grad * grad_loss).to(dtype) if needed and grad is not None else None
+            (grad * grad_loss).to(dtype) if needed else None
             for grad, dtype, needed in zip(
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
             )

@@ -6,25 +6,13 @@ and sums are float32 at least.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import LogitBias
+
 _UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
-
-
-class Adjustment(Protocol):
-    """What is done to the logits of some rows before the softmax."""
-
-    parameter: Tensor | None  # what it learns, if anything
-
-    def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
-        """Changes logits [c, n_items] of the rows `rows` [c] of hidden, in place."""
-
-    def gradient(self, d_logits: Tensor, rows: Tensor) -> Tensor | None:
-        """Of the parameter, from that of the adjusted logits [c, n_items]."""
 
 
 def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
@@ -38,25 +26,36 @@ class Scorer:
     """Logits of some rows over the classes, which are all rows of the table or all but one."""
 
     def __init__(
-        self, table: Tensor, dtype: torch.dtype, excluded: int | None, adjustment: Adjustment | None
+        self, table: Tensor, dtype: torch.dtype, excluded: int | None, bias: LogitBias | None
     ) -> None:
         n_items = table.shape[0]
-        self.adjustment = adjustment
-        # An adjustment sees every item at its own place: then an excluded one is masked.
-        whole = adjustment is not None
+        self.bias = None if bias is None else bias._replace(values=bias.values.to(dtype))
+        # A bias names items, so that every item keeps its place and an excluded one is masked.
+        whole = bias is not None
         self.first, self.last = (0, n_items) if whole else class_range(n_items, excluded)
         self.masked = excluded if self.last - self.first == n_items else None
         self.classes = table[self.first : self.last].to(dtype)  # [C, hidden]
         self.table_shape = table.shape
 
-    def logits(self, h: Tensor, index: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """[c, C] of rows h [c, hidden], which are `index` [c] of all, with targets y [c]."""
+    def logits(self, h: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """[c, C] of rows h [c, hidden], which are `index` [c] of all."""
         logits = torch.mm(h, self.classes.t(), out=out)
-        if self.adjustment is not None:
-            self.adjustment.apply(logits, index, y)
+        if self.bias is not None:
+            entries, *places = self.entries(index)
+            logits.index_put_(tuple(places), self.bias.values[entries], accumulate=True)
         if self.masked is not None:
             logits[:, self.masked] = -torch.inf
         return logits
+
+    def entries(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the rows `index` [c]: which entries of the bias, and the place of each in [c, C]."""
+        assert self.bias is not None
+        begin, end = self.bias.offsets[index], self.bias.offsets[index + 1]
+        counts = end - begin
+        row = torch.arange(len(index), device=index.device).repeat_interleave(counts)
+        before = (begin - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+        entries = before + torch.arange(len(before), device=index.device)
+        return entries, row, self.bias.items[entries]
 
 
 def loss_and_gradients(
@@ -68,16 +67,17 @@ def loss_and_gradients(
     wants_grad: bool,
     factors: torch.dtype | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The loss and its gradients by hidden, the table and the adjustment's parameter."""
-    classes, first, adjustment = scorer.classes, scorer.first, scorer.adjustment
+    """The loss and its gradients by hidden, the table and the values of the bias."""
+    classes, first = scorer.classes, scorer.first
     dtype, device, num_rows = classes.dtype, hidden.device, rows.numel()
     low_classes = classes if factors is None else classes.to(factors)
-    grad_hidden = grad_table = grad_classes = None
-    grad_parameter: Tensor | None = None
+    grad_hidden = grad_table = grad_classes = grad_bias = None
     if wants_grad:
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
         grad_table = torch.zeros(scorer.table_shape, dtype=dtype, device=device)
         grad_classes = grad_table[first : scorer.last]
+        if scorer.bias is not None:
+            grad_bias = torch.zeros_like(scorer.bias.values)
     total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
     size = chunk_rows or default_chunk_rows(scorer.table_shape[0], device.type)
     room = torch.empty(min(size, num_rows), classes.shape[0], dtype=dtype, device=device)
@@ -85,7 +85,7 @@ def loss_and_gradients(
         index = rows[start : start + size]
         h = hidden.index_select(0, index).to(dtype)  # [c, hidden]
         y = targets.index_select(0, index) - first  # [c]
-        p = scorer.logits(h, index, y, out=room[: h.shape[0]])  # [c, C]
+        p = scorer.logits(h, index, out=room[: h.shape[0]])  # [c, C]
         total += _softmax_in_place(p, h, index, y, scorer)
         if grad_hidden is not None and grad_classes is not None:
             # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
@@ -98,15 +98,12 @@ def loss_and_gradients(
                 grad_rows = (low @ low_classes).to(dtype).div_(num_rows)
                 grad_hidden.index_copy_(0, index, grad_rows)
                 grad_classes += low.t() @ h.to(factors)
-            if adjustment is not None:
-                found = adjustment.gradient(p, index)
-                if found is not None:
-                    grad_parameter = found if grad_parameter is None else grad_parameter + found
+            if grad_bias is not None:
+                entries, row, item = scorer.entries(index)
+                grad_bias[entries] = p[row, item].div_(num_rows)
     if grad_table is not None:
         grad_table.div_(max(num_rows, 1))
-    if grad_parameter is not None:
-        grad_parameter = grad_parameter / num_rows
-    return (total / max(num_rows, 1)).to(dtype), (grad_hidden, grad_table, grad_parameter)
+    return (total / max(num_rows, 1)).to(dtype), (grad_hidden, grad_table, grad_bias)
 
 
 def _softmax_in_place(
@@ -124,7 +121,7 @@ def _softmax_in_place(
     small = (picked.squeeze(1) < _UNDERFLOW).nonzero().squeeze(1)
     if small.numel() == 0:
         return total
-    exact = scorer.logits(h[small], index[small], y[small])
+    exact = scorer.logits(h[small], index[small])
     picked[small] = 1.0
     nll = F.cross_entropy(exact, y[small], reduction="sum")
     return nll.double() - picked.log().sum(dtype=torch.float64)

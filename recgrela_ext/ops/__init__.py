@@ -10,13 +10,14 @@ from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encode
 from .feed_forward import feed_forward
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
-from .reference import inv_freq
+from .reference import LogitBias, inv_freq
 from .rela import rela
 from .softmax_loss import softmax_loss
 from .topk_scores import topk_scores
 
 __all__ = [
     "EncoderLayer",
+    "LogitBias",
     "PackedEncoder",
     "activation_dropout",
     "encoder_step",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import shown
-from .reference import State, accumulate_dtype
+from .reference import LogitBias, State, accumulate_dtype
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -244,6 +244,7 @@ def check_softmax(
     ignore_index: Any,
     exclude: Any,
     gradients: Any = True,
+    bias: Any = None,
 ) -> None:
     """Every argument of softmax_loss; the values of targets where they can be read for nothing."""
     for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
@@ -273,6 +274,46 @@ def check_softmax(
         raise ValueError(
             f"{op}: ignore_index must be a row of table to be excluded, got {ignore_index}"
         )
+    if bias is not None:
+        check_bias(op, bias, hidden)
+        if bias.values.dtype != hidden.dtype:
+            raise ValueError(
+                f"{op}: bias.values must have the dtype of hidden, {hidden.dtype}, "
+                f"got {bias.values.dtype}"
+            )
+
+
+def check_bias(op: str, bias: Any, hidden: Tensor) -> None:
+    if not isinstance(bias, LogitBias):
+        raise TypeError(f"{op}: bias must be a LogitBias, got {shown(bias)}")
+    for name, x in bias._asdict().items():
+        check_tensor(op, f"bias.{name}", x)
+        check_same_device(op, f"bias.{name}", x, hidden)
+    offsets, items, values = bias
+    _shape(op, "bias.offsets", offsets, (hidden.shape[0] + 1,), "of the rows and one")
+    if items.dim() != 1 or values.shape != items.shape:
+        raise ValueError(
+            f"{op}: bias.items and bias.values must have one shape [K], got {list(items.shape)} "
+            f"and {list(values.shape)}"
+        )
+    for name, x in (("offsets", offsets), ("items", items)):
+        if x.dtype != torch.int64:
+            raise TypeError(f"{op}: bias.{name} must have dtype int64, got {x.dtype}")
+    if not values.is_floating_point():
+        raise ValueError(f"{op}: bias.values must have a floating dtype, got {values.dtype}")
+
+
+def check_bias_values(op: str, bias: LogitBias, n_items: int) -> None:
+    """As check_values, of the bias of a loss."""
+    offsets, items, _ = bias
+    if torch.compiler.is_compiling() or items.device.type != "cpu" or _is_fake(items):
+        return
+    first, last, count = int(offsets[0]), int(offsets[-1]), items.numel()
+    if first != 0 or last != count or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"{op}: bias.offsets must rise from 0 to K={count}, got {first} to {last}")
+    if count and not 0 <= int(items.min()) <= int(items.max()) < n_items:
+        bad = int(items.min()) if int(items.min()) < 0 else int(items.max())
+        raise ValueError(f"{op}: bias.items must lie in 0..{n_items - 1}, got {bad}")
 
 
 def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:

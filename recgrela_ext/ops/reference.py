@@ -19,6 +19,8 @@ with kv = sum R_s phi(k_s) v_s^T (key dim first) and conv = the last W - 1 value
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,19 @@ from torch import Tensor
 from ..errors import shown
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class LogitBias(NamedTuple):
+    """What is added to some logits ``[T, N]`` before a softmax, row by row.
+
+    Row t adds ``values[k]`` to the logit of ``items[k]`` for every k from ``offsets[t]`` to
+    ``offsets[t + 1]``; the same item may come several times.
+    """
+
+    offsets: Tensor  # [T + 1] int64, from 0 to K
+    items: Tensor  # [K] int64, 0 to N - 1
+    values: Tensor  # [K] in the dtype of the logits
+
 
 _CHUNK = 64
 _DROPOUT_BLOCK = 1024  # kDropoutBlock of csrc/cpu/kernels.h
@@ -382,8 +397,9 @@ def softmax_loss(
     ignore_index: int = 0,
     exclude: bool = True,
     gradients: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients from the scores s = hidden table^T of all rows.
+    bias: LogitBias | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients from the scores s = hidden table^T + bias of all rows.
 
         loss = mean of log sum_j exp s_j - s_y;   d loss / d s = (softmax(s) - onehot(y)) / rows
 
@@ -392,16 +408,25 @@ def softmax_loss(
     kept = targets != ignore_index
     h, y = hidden[kept], targets[kept]
     scores = h @ table.t()  # [R, N]
+    if bias is not None:
+        counts = bias.offsets.diff()
+        row = (kept.cumsum(0) - 1).repeat_interleave(counts)
+        ours = kept.repeat_interleave(counts).nonzero().squeeze(1)
+        places = row[ours], bias.items[ours]
+        scores = scores.index_put(places, bias.values[ours], accumulate=True)
     if exclude:
         scores = scores.index_fill(1, torch.tensor([ignore_index], device=y.device), -torch.inf)
     count = max(h.shape[0], 1)
     loss = -torch.log_softmax(scores, 1).gather(1, y[:, None]).sum() / count
     if not gradients:
-        return loss, hidden.new_empty(0), table.new_empty(0)
+        return loss, hidden.new_empty(0), table.new_empty(0), hidden.new_empty(0)
     share = (torch.softmax(scores, 1) - F.one_hot(y, table.shape[0])) / count
     grad_hidden = torch.zeros_like(hidden)
     grad_hidden[kept] = share @ table
-    return loss, grad_hidden, share.t() @ h
+    grad_bias = hidden.new_zeros(0 if bias is None else len(bias.values))
+    if bias is not None:
+        grad_bias[ours] = share[places]
+    return loss, grad_hidden, share.t() @ h, grad_bias
 
 
 def gelu_curvature(x: Tensor) -> Tensor:

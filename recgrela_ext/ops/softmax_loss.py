@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
-from .checks import check_softmax
+from .checks import check_bias_values, check_softmax
+from .reference import LogitBias
 
 
 def softmax_loss(
@@ -22,7 +23,8 @@ def softmax_loss(
     ignore_index: int = 0,
     exclude: bool = True,
     gradients: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: LogitBias | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean of -log softmax(hidden table^T)[targets] in nats, and its gradients, in one call.
 
     Args:
@@ -31,24 +33,34 @@ def softmax_loss(
         targets: ``[T]`` int64; rows with `ignore_index` do not count.
         ignore_index: see `targets`.
         exclude: row `ignore_index` of the table is no class.
-        gradients: False leaves both gradients empty.
+        gradients: False leaves the gradients empty.
+        bias: what is added to the scores of some items of some rows, :class:`LogitBias`; -inf
+            leaves an item out, a row's target must stay finite.
 
     Returns:
         The loss (a scalar, 0 without a target), its gradient by hidden ``[T, width]`` (zero in rows
-        without a target) and by table ``[N, width]`` (zero in an excluded row). Values: none of
-        them is differentiable. The same bits for any number of threads.
+        without a target), by table ``[N, width]`` (zero in an excluded row) and by the values of
+        bias ``[K]`` (empty without one). Values: none of them is differentiable. The same bits for
+        any number of threads.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.
     """
-    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude, gradients)
+    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude, gradients, bias)
     hidden, table = hidden.detach(), table.detach()
+    if bias is not None:
+        bias = LogitBias(bias.offsets, bias.items, bias.values.detach())
     if hidden.device.type != "cpu" or not _library.has_kernels(hidden.device):
-        return reference.softmax_loss(hidden, table, targets, ignore_index, exclude, gradients)
+        if bias is not None:
+            check_bias_values("softmax_loss", bias, len(table))
+        return reference.softmax_loss(
+            hidden, table, targets, ignore_index, exclude, gradients, bias
+        )
     tensors = hidden.contiguous(), table.contiguous(), targets.contiguous()
     operator = torch.ops.recgrela.softmax_loss
-    found: tuple[Tensor, Tensor, Tensor] = _library.call(
-        operator, *tensors, ignore_index, exclude, gradients
+    added = (None,) * 3 if bias is None else [x.contiguous() for x in bias]
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _library.call(
+        operator, *tensors, ignore_index, exclude, gradients, *added
     )
     return found
 
@@ -60,9 +72,15 @@ def _fake(
     ignore_index: int,
     exclude: bool,
     gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden.shape, table.shape) if gradients else ((0,), (0,))
-    return hidden.new_empty(()), hidden.new_empty(shapes[0]), table.new_empty(shapes[1])
+    bias_offsets: Tensor | None,
+    bias_items: Tensor | None,
+    bias_values: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = (0,)
+    shapes = (hidden.shape, table.shape) if gradients else (none, none)
+    added = bias_values.shape if gradients and bias_values is not None else none
+    loss, grad_bias = hidden.new_empty(()), hidden.new_empty(added)
+    return loss, hidden.new_empty(shapes[0]), table.new_empty(shapes[1]), grad_bias
 
 
 if _library.KERNEL_DEVICES:

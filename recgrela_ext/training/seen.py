@@ -1,61 +1,45 @@
-"""Softmax losses that treat a user's already seen items differently from the rest.
+"""A softmax loss that leaves the items a user has already seen out of the classes.
 
     unseen    -log softmax over the target and the items the user has not seen before it
 
 Ranking with seen items left out asks only for that: what the full softmax spends on pushing seen
-items down is spent on the others. It is an `adjustment` of `softmax_loss` (model/losses.py).
+items down is spent on the others. It is a bias of -inf for `softmax_loss`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from recgrela_ext.ops import LogitBias
 from recgrela_ext.training.windows import Batch
 
-NEVER = np.iinfo(np.int32).max
 
-
-class LeaveOutSeen:
-    """Items of the user's history up to a position are no classes there; its target always is.
+def leave_out_seen(
+    batch: Batch, items: np.ndarray, offsets: np.ndarray, length: int | None = None
+) -> LogitBias:
+    """For every position with a target: -inf for what was seen up to there, but for the target.
 
     Args:
-        first: int32 `[B, n_items]`, the place in its window at which each item was first seen:
-            below 0 before the window, `NEVER` for an item that was not.
-        window, place: `[T]`, window and place in it of every position.
+        batch: windows of the log.
+        items: int64, the log, user after user.
+        offsets: int64 `[num_users + 1]`, bounds of the users in it. The whole history counts, also
+            what lies before a window.
+        length: rows of every window, which is padded to them; None: the windows back to back.
     """
-
-    parameter: Tensor | None = None
-
-    def __init__(self, first: Tensor, window: Tensor, place: Tensor) -> None:
-        self.first, self.window, self.place = first, window, place
-
-    def apply(self, logits: Tensor, rows: Tensor, targets: Tensor) -> None:
-        place = self.place[rows].to(torch.int32)[:, None]
-        seen = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
-        windows, counts = torch.unique_consecutive(self.window[rows], return_counts=True)
-        start = 0
-        for window, count in zip(windows.tolist(), counts.tolist(), strict=True):
-            part = slice(start, start + count)
-            torch.le(self.first[window], place[part], out=seen[part])
-            start += count
-        seen.scatter_(1, targets[:, None], False)
-        logits.masked_fill_(seen, -torch.inf)
-
-    def gradient(self, d_logits: Tensor, rows: Tensor) -> None:
-        return None
-
-
-def first_places(batch: Batch, items: np.ndarray, offsets: np.ndarray, n_items: int) -> np.ndarray:
-    """`first` of `LeaveOutSeen` for the windows of a batch of the log `items`, `offsets`.
-
-    The whole history counts, also what lies before the window.
-    """
-    lengths = np.diff(batch.cu_seqlens)
-    first = np.full((len(lengths), n_items), NEVER, dtype=np.int32)
-    user = np.searchsorted(offsets, batch.start, side="right") - 1
-    for row, begin, start, length in zip(first, offsets[user], batch.start, lengths, strict=True):
-        place = np.arange(begin, start + length) - start
-        row[items[begin : start + length][::-1]] = place[::-1]  # the earliest is written last
-    return first
+    begins = offsets[np.searchsorted(offsets, batch.start, side="right") - 1]
+    counts: list[np.ndarray] = []
+    entries: list[np.ndarray] = []
+    bounds = zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+    for begin, start, (low, high) in zip(begins, batch.start, bounds, strict=True):
+        targets = batch.targets[low:high]
+        known, first = np.unique(items[begin : start + len(targets)], return_index=True)
+        place = start - begin + np.arange(len(targets))
+        out = (first <= place[:, None]) & (known != targets[:, None])
+        out[targets == batch.padding_idx] = False
+        counts.append(np.zeros(length or len(targets), np.int64))
+        counts[-1][: len(targets)] = out.sum(1)
+        entries.append(np.broadcast_to(known, out.shape)[out])
+    ends = np.concatenate([np.zeros(1, np.int64), *counts]).cumsum()
+    left_out = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *entries]))
+    return LogitBias(torch.from_numpy(ends), left_out, torch.full((len(left_out),), -torch.inf))

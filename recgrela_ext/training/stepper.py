@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from recgrela_ext.data.sequences import Sequences
 from recgrela_ext.model.losses import softmax_loss
+from recgrela_ext.ops import LogitBias
 from recgrela_ext.training.config import TrainConfig
 from recgrela_ext.training.losses import NegativeSampler, bpr_loss, sampled_softmax_loss
-from recgrela_ext.training.seen import LeaveOutSeen, first_places
+from recgrela_ext.training.seen import leave_out_seen
 from recgrela_ext.training.windows import Batch
 
 
@@ -91,8 +92,9 @@ class Stepper:
             table = _table(model)
             if self.config.loss == "unseen":
                 length = None if self.packed else item_seq.shape[1]
-                seen = self._seen(batch, length, len(table))
-                return softmax_loss(hidden, table, targets, self._padding_idx, adjustment=seen)
+                seen = leave_out_seen(batch, self._train.items, self._train.offsets, length)
+                seen = LogitBias(*(x.to(self.device, non_blocking=True) for x in seen))
+                return softmax_loss(hidden, table, targets, self._padding_idx, bias=seen)
             if self._sampler is None:
                 return softmax_loss(
                     hidden, table, targets, self._padding_idx, not self._attend_padding
@@ -103,22 +105,6 @@ class Stepper:
             return sampled_softmax_loss(
                 hidden, table, targets, self._sampler, count, self._padding_idx
             )
-
-    def _seen(self, batch: Batch, length: int | None, n_items: int) -> LeaveOutSeen:
-        """For rows back to back, or padded to `length`."""
-        device = self.device
-        first = torch.from_numpy(
-            first_places(batch, self._train.items, self._train.offsets, n_items)
-        ).to(device)
-        bounds = torch.from_numpy(batch.cu_seqlens).to(device)
-        windows = torch.arange(len(bounds) - 1, device=device)
-        if length is None:
-            window = windows.repeat_interleave(bounds.diff())
-            place = torch.arange(len(window), device=device) - bounds[window]
-        else:
-            window = windows.repeat_interleave(length)
-            place = torch.arange(length, device=device).repeat(len(windows))
-        return LeaveOutSeen(first, window, place)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

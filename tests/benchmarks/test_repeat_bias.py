@@ -12,7 +12,7 @@ import torch
 from benchmarks.peer_models import GRU4Rec, PeerConfig
 from benchmarks.quality_queue import Run
 from benchmarks.quality_run import build
-from benchmarks.repeat_bias import BUCKETS, SCALE, RepeatBias, WithRepeatBias, bucket
+from benchmarks.repeat_bias import BUCKETS, SCALE, WithRepeatBias, bucket, repeat_bias
 from recgrela_ext import RecGRELA, evaluate, fit
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.model.losses import softmax_loss
@@ -77,7 +77,7 @@ def test_gradcheck() -> None:
     bias = torch.randn(BUCKETS, dtype=torch.float64, requires_grad=True)
 
     def loss(h: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return softmax_loss(h, t, targets, adjustment=RepeatBias(b, items))
+        return softmax_loss(h, t, targets, bias=repeat_bias(b, items, targets.view(2, 4)))
 
     assert torch.autograd.gradcheck(loss, (hidden, table, bias))
 

@@ -49,10 +49,11 @@ double slope(double x) {
   return share(x) + x * std::exp(-0.5 * x * x) / std::sqrt(2 * std::acos(-1.0));
 }
 
-// Chunks of `chunk` rows; one class may be masked.
+// Chunks of `chunk` rows; one class may be masked; with a bias, which also names rows of the table
+// before and behind the classes.
 template <typename T>
 void test_loss(int64_t rows, int64_t classes, int64_t width, int64_t masked, int64_t chunk,
-               double limit) {
+               double limit, bool biased = false) {
   const auto hidden = random<T>((rows + 1) * width, 1.0), table = random<T>(classes * width, 0.5);
   std::vector<int64_t> index(rows), wanted(rows);
   for (int64_t i = 0; i < rows; ++i) {
@@ -63,8 +64,24 @@ void test_loss(int64_t rows, int64_t classes, int64_t width, int64_t masked, int
   std::vector<T> scores(chunk * classes), scaled(chunk * width), grad_hidden(hidden.size()),
       grad_classes(table.size(), T(NAN));
   std::vector<double> losses(rows);
+  const int64_t first_class = biased ? 1 : 0;
+  std::vector<int64_t> offsets(rows + 2), items;
+  for (int64_t t = 0; t <= rows; ++t) {
+    for (int64_t k = 0; biased && k < t % 4; ++k) items.push_back((5 * t + 3 * k) % (classes + 2));
+    if (biased && t % 3 == 0) items.push_back((5 * t) % (classes + 2));  // twice
+    offsets[t + 1] = int64_t(items.size());
+  }
+  auto values = random<T>(int64_t(items.size()), 2.0);
+  std::vector<T> grad_bias(items.size(), T(NAN));
   SoftmaxLossParams p{};
   p.is_double = sizeof(T) == sizeof(double);
+  p.first_class = first_class;
+  if (biased) {
+    p.bias_offsets = offsets.data();
+    p.bias_items = items.data();
+    p.bias_values = values.data();
+    p.grad_bias = grad_bias.data();
+  }
   p.width = p.class_stride = width;
   p.classes = classes;
   p.masked = masked;
@@ -89,10 +106,19 @@ void test_loss(int64_t rows, int64_t classes, int64_t width, int64_t masked, int
     level.softmax_class_gradients(p, 0, classes / 3);
   }
   std::vector<double> exact_losses(rows), by_hidden(hidden.size()), by_class(table.size());
+  std::vector<double> by_bias(items.size());
   for (int64_t i = 0; i < rows; ++i) {
     const T* h = hidden.data() + index[i] * width;
     std::vector<double> s(classes);
     double sum = 0;
+    const int64_t begin = offsets[index[i]], end = offsets[index[i] + 1];
+    const auto class_of = [&](int64_t k) {
+      const int64_t j = items[k] - first_class;
+      return j < 0 || j >= classes || j == masked ? -1 : j;
+    };
+    for (int64_t k = begin; k < end; ++k) {
+      if (class_of(k) >= 0) s[class_of(k)] += values[k];
+    }
     for (int64_t j = 0; j < classes; ++j) {
       for (int64_t c = 0; c < width; ++c) s[j] += double(h[c]) * table[j * width + c];
       if (j != masked) sum += std::exp(s[j]);
@@ -105,11 +131,14 @@ void test_loss(int64_t rows, int64_t classes, int64_t width, int64_t masked, int
         by_hidden[index[i] * width + c] += g * table[j * width + c];
         by_class[j * width + c] += g * h[c];
       }
+      for (int64_t k = begin; k < end; ++k) by_bias[k] += class_of(k) == j ? g : 0;
     }
   }
+  for (int64_t k = offsets[rows / 2]; k < offsets[rows / 2 + 1]; ++k) grad_bias[k] = T(0);
   expect("losses", worst(losses, exact_losses), limit);
   expect("gradient of hidden", worst(grad_hidden, by_hidden), limit);
   expect("gradient of classes", worst(grad_classes, by_class), limit);
+  if (biased) expect("gradient of the bias", worst(grad_bias, by_bias), limit);
 }
 
 // out [N, columns] = x [N, depth] w^T + bias
@@ -196,6 +225,9 @@ void test(double limit) {
   test_loss<T>(1, 5, 16, -1, 32, limit);
   test_loss<T>(100, 67, 48, 5, 64, limit);
   test_loss<T>(200, 130, 64, -1, 128, limit);
+  test_loss<T>(1, 5, 16, -1, 32, limit, true);
+  test_loss<T>(100, 67, 48, 5, 64, limit, true);
+  test_loss<T>(200, 130, 64, -1, 128, limit, true);
   test_feed_forward<T>(1, 16, 16, limit);
   test_feed_forward<T>(70, 48, 80, limit);
   test_feed_forward<T>(150, 64, 256, limit);

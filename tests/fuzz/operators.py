@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recgrela_ext import ops
@@ -319,8 +320,29 @@ class Operators:
             "gradients": draw.flag(),
         }
 
+    def bias_arguments(self, draw: Draw, arguments: Arguments) -> Arguments:
+        """Three tensors or none, now and then with an item or a bound that cannot be."""
+        names = ("offsets", "items", "values")
+        if draw.flag():
+            return dict.fromkeys(names)
+        T, N = len(arguments["hidden"]), len(arguments["table"])
+        counts = torch.randint(0, 1 + draw.below(6), (T,))
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        items = torch.randint(N, (int(offsets[-1]),))
+        values = torch.randn(len(items)).to(arguments["hidden"].dtype)
+        values[torch.rand(len(items)) < draw.below(3) / 4] = -torch.inf
+        if draw.below(8) == 0 and len(items):
+            items[draw.below(len(items))] = draw.one_of([-1, N, 2**40, -(2**62)])
+        if draw.below(8) == 0:
+            offsets[draw.below(T + 1)] = draw.one_of([-1, 3, 2**40, -(2**62)])
+        return dict(zip(names, (offsets, items, values), strict=True))
+
     def softmax(self, draw: Draw) -> None:
-        arguments = spoil_one(draw, self.softmax_arguments(draw))
+        arguments = self.softmax_arguments(draw)
+        bias = spoil_one(draw, self.bias_arguments(draw, arguments))
+        arguments = spoil_one(draw, arguments)
+        if bias["items"] is not None:
+            arguments["bias"] = ops.LogitBias(**bias)
         compare(
             "softmax_loss",
             lambda: ops.softmax_loss(**arguments),
@@ -381,5 +403,8 @@ class Operators:
         self.raw("feed_forward", operator, spoil_one(draw, arguments))
 
     def raw_softmax(self, draw: Draw) -> None:
-        arguments = spoil_one(draw, self.softmax_arguments(draw))
+        arguments = self.softmax_arguments(draw)
+        bias = self.bias_arguments(draw, arguments)
+        arguments |= {f"bias_{name}": x for name, x in bias.items()}
+        arguments = spoil_one(draw, arguments)
         self.raw("softmax_loss", torch.ops.recgrela.softmax_loss, arguments)

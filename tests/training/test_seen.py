@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from recgrela_ext import RecGRELA, RecGRELAConfig
 from recgrela_ext.data.sequences import Sequences
 from recgrela_ext.model.losses import softmax_loss
+from recgrela_ext.ops import LogitBias
 from recgrela_ext.training import TrainConfig, fit
-from recgrela_ext.training.seen import LeaveOutSeen, first_places
+from recgrela_ext.training.seen import leave_out_seen
 from recgrela_ext.training.stepper import Stepper
 from recgrela_ext.training.windows import TrainingWindows
 from tests.training.conftest import NUM_ITEMS, make_model
@@ -79,48 +82,57 @@ def test_loss_of_a_batch_is_the_masked_one(train: Sequences, padded: bool, conte
     assert np.concatenate([part.start for part in parts]).tolist() == batch.start.tolist()
 
 
-def test_first_places_by_hand() -> None:
+def test_by_hand() -> None:
     train = Sequences.from_lists([np.array([3, 1, 3, 2, 1]), np.array([2, 2])], 4)
     windows = TrainingWindows(train.items, train.offsets, max_seq_len=2, targets_per_step=100)
     batch = windows.epoch(0)[0]
-    first = first_places(batch, train.items, train.offsets, 5)
-    for row, start in zip(first, batch.start, strict=True):
-        if start < 5:
-            wanted = {3: -start, 1: 1 - start}
-            if start + np.diff(batch.cu_seqlens)[batch.start == start][0] > 3:
-                wanted[2] = 3 - start
-        else:
-            wanted = {2: 0}
-        found = {item: int(row[item]) for item in range(1, 5) if row[item] < 100}
-        assert found == wanted
+    history = {0: [3, 1, 3, 2, 1], 5: [2, 2]}
+    for length in (None, 7):
+        bias = leave_out_seen(batch, train.items, train.offsets, length)
+        assert (bias.values == -torch.inf).all()
+        row = 0
+        for start, (low, high) in zip(batch.start, pairwise(batch.cu_seqlens), strict=True):
+            begin = 0 if start < 5 else 5
+            for t in range(length or high - low):
+                found = bias.items[bias.offsets[row] : bias.offsets[row + 1]].tolist()
+                known = set(history[begin][: start - begin + t + 1]) if t < high - low else set()
+                target = batch.targets[low + t] if t < high - low else 0
+                assert found == (sorted(known - {target}) if target else [])
+                row += 1
+        assert row == len(bias.offsets) - 1
+
+
+def some_seen(rows: list[set[int]], targets: Tensor, dtype: torch.dtype) -> LogitBias:
+    left = [sorted(seen - {target}) for seen, target in zip(rows, targets.tolist(), strict=True)]
+    ends = np.cumsum([0, *map(len, left)])
+    items = torch.tensor([item for row in left for item in row])
+    values = torch.full((len(items),), -torch.inf, dtype=dtype)
+    return LogitBias(torch.from_numpy(ends), items, values)
 
 
 def test_gradients_and_repeats() -> None:
     """In float64; the last target repeats a seen item and stays a class."""
     torch.manual_seed(0)
     hidden, table = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 7))
-    targets = torch.tensor([3, 0, 4, 5, 2])
-    first = torch.full((2, 7), 99, dtype=torch.int32)
-    first[0, 2], first[1, 5] = 0, -4
-    window, place = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 0, 1, 2])
+    targets, seen = torch.tensor([3, 0, 4, 5, 2]), [{2}, {2}, {5}, {5}, {2}]
+    bias = some_seen(seen, targets, torch.float64)
 
     def loss(h: Tensor, t: Tensor) -> Tensor:
-        return softmax_loss(h, t, targets, adjustment=LeaveOutSeen(first, window, place))
+        return softmax_loss(h, t, targets, bias=bias)
 
-    expected = masked_loss(hidden, table, targets, [{2}, {2}, {5}, {5}, {2}])
-    torch.testing.assert_close(loss(hidden, table), expected)
+    torch.testing.assert_close(loss(hidden, table), masked_loss(hidden, table, targets, seen))
     assert torch.autograd.gradcheck(loss, (hidden, table))
 
 
-def test_probabilities_that_underflow() -> None:
+@pytest.mark.parametrize("rows", [40, 128])
+def test_probabilities_that_underflow(rows: int) -> None:
+    """In chunks, and enough rows for the kernel."""
     torch.manual_seed(0)
-    hidden, table = torch.randn(40, 16) * 40, torch.randn(30, 16)
-    targets = torch.randint(1, 30, (40,))
-    first = torch.randint(-5, 60, (2, 30), dtype=torch.int32)
-    window, place = torch.arange(40) // 20, torch.arange(40) % 20
-    seen = [set((first[i // 20] <= i % 20).nonzero().flatten().tolist()) for i in range(40)]
+    hidden, table = torch.randn(rows, 16) * 40, torch.randn(30, 16)
+    targets = torch.randint(1, 30, (rows,))
+    seen = [set(torch.randint(1, 30, (10,)).tolist()) for _ in range(rows)]
     exact = masked_loss(hidden.double(), table.double(), targets, seen)
-    found = softmax_loss(hidden, table, targets, adjustment=LeaveOutSeen(first, window, place))
+    found = softmax_loss(hidden, table, targets, bias=some_seen(seen, targets, torch.float32))
     assert exact > 100  # most targets have probability 0 in float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
@@ -128,8 +140,7 @@ def test_probabilities_that_underflow() -> None:
 def test_no_target_no_loss() -> None:
     hidden, table = torch.randn(2, 4, requires_grad=True), torch.randn(5, 4)
     nothing = torch.zeros(2, dtype=torch.int64)
-    first = torch.zeros(1, 5, dtype=torch.int32)
-    loss = softmax_loss(hidden, table, nothing, adjustment=LeaveOutSeen(first, nothing, nothing))
+    loss = softmax_loss(hidden, table, nothing, bias=some_seen([{1}, {2}], nothing, torch.float32))
     loss.backward()
     assert loss == 0
     assert not hidden.grad.any()
