@@ -5,8 +5,9 @@
     python -m tests.mutation.run --again --cpu 60 --cuda 40  # survivors again, after a new test
 
 A mutant is an arithmetic, comparison or logical operator that became another, or a number that is
-off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a fixed seed, so that a queue
-stopped anywhere goes on. A CPU mutant is compiled for one instruction set and meets the C++ tests,
+off by one. The places are drawn from all of csrc/cpu and csrc/cuda by a hash of their lines' text,
+so that a queue stopped anywhere goes on, also when other lines have changed; what is known of lines
+that are gone is dropped. A CPU mutant is compiled for one instruction set and meets the C++ tests,
 the likeliest first; those that live meet the operator's tests in Python when the queue has ended,
 the C++ tests under the address and undefined-behaviour sanitizers, and all of tests/ops. A CUDA
 mutant meets the shim's tests. One whose machine code is what it was before is no mutant, and
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import random
 import re
 import resource
 import shutil
@@ -30,8 +30,9 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ class Mutant:
     column: int
     old: str
     new: str
-    text: str  # the line as it is; part of the name, since the source moves on
+    text: str  # the line as it is: its number changes too often to be part of the name
+    which: int = 1  # of the same change to the same text in this file
 
     @property
     def name(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}"
-        return f"{place} {self.old.strip()} -> {self.new.strip()} | {self.text.strip()}"
+        change = f"{self.file}:{self.column} {self.old.strip()} -> {self.new.strip()}"
+        return f"{change} | {self.text.strip()}" + (f" ({self.which})" if self.which > 1 else "")
 
     @property
     def base(self) -> str:
@@ -121,7 +123,8 @@ class Mutant:
 
 def places(kind: str) -> list[Mutant]:
     """Every mutant there could be of csrc/cpu or csrc/cuda, in the order of the files."""
-    folder, found = ROOT / "csrc" / kind, []
+    folder, found = ROOT / "csrc" / kind, list[Mutant]()
+    known: Counter[str] = Counter()
     paths = [*folder.glob("*.h"), *folder.glob("*.cu*"), *folder.glob("levels.cpp")]
     for path in sorted(paths):
         if path.name in SKIPPED:
@@ -133,14 +136,14 @@ def places(kind: str) -> list[Mutant]:
             for old, new in CHANGES:
                 for hit in re.finditer(re.escape(old), code):
                     file = f"{kind}/{path.name}"
-                    found.append(Mutant(file, number, hit.start(), old, new, line))
+                    mutant = Mutant(file, number, hit.start(), old, new, line)
+                    known[mutant.name] += 1
+                    found.append(replace(mutant, which=known[mutant.name]))
     return found
 
 
 def shuffled(kind: str) -> list[Mutant]:
-    everything = places(kind)
-    random.Random(0).shuffle(everything)
-    return everything
+    return sorted(places(kind), key=lambda x: hashlib.sha256(x.name.encode()).digest())
 
 
 def compiler() -> str:
@@ -388,13 +391,17 @@ class Queue:
         self.kind = kind
         self.out = records.FOLDER / f"mutations-{kind}.json"
         earlier = records.read(self.out) if self.out.exists() else {}
-        self.outcomes: dict[str, dict[str, Any]] = earlier.get("outcomes", {})
+        there = {mutant.name for mutant in places(kind)}
+        self.outcomes: dict[str, dict[str, Any]] = {
+            name: one for name, one in earlier.get("outcomes", {}).items() if name in there
+        }
         self.bench: Bench | None = None
 
     def go(self, count: int, again: bool) -> None:
         before = {n for n, one in self.outcomes.items() if one["outcome"] == SURVIVED}
         survivors = []
-        for mutant in shuffled(self.kind):
+        known_first = sorted(shuffled(self.kind), key=lambda x: x.name not in self.outcomes)
+        for mutant in known_first:
             if not count:
                 break
             if mutant.name not in self.outcomes or (again and mutant.name in before):
