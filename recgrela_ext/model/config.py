@@ -103,7 +103,7 @@ class RecGRELAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_message(name, "be True or False", getattr(self, name)))
         for name in (*_SHARES, *_POSITIVE, *_EPSILONS):
-            _require_number(name, getattr(self, name))
+            object.__setattr__(self, name, _as_float(name, getattr(self, name)))
         for name in _SHARES:
             _require(0.0 <= getattr(self, name) < 1.0, name, "lie in [0, 1)", getattr(self, name))
         for name in _POSITIVE:
@@ -165,7 +165,8 @@ class RecGRELAConfig:
             raise ValueError("RecGRELAConfig: gate must be True for selector='balance', got False")
         share, name = self.repeat_share, self.id_map_file
         if share is not None:
-            _require_number("repeat_share", share)
+            share = _as_float("repeat_share", share)
+            object.__setattr__(self, "repeat_share", share)
             _require(0 <= share <= 1, "repeat_share", "lie in [0, 1]", share)
         if name is not None:
             plain = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
@@ -285,6 +286,10 @@ def _as_int(name: str, value: Any) -> int:
     raise TypeError(_message(name, "be an int", value))
 
 
-def _require_number(name: str, value: object) -> None:
+def _as_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(_message(name, "be a number", value))
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(_message(name, "be a number a float can hold", value)) from None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recgrela_ext.errors import CheckpointError
-from recgrela_ext.model import RecGRELAConfig
+from recgrela_ext.model import RecGRELA, RecGRELAConfig
 
 
 def test_item_counts_with_and_without_the_padding_row() -> None:
@@ -62,6 +62,11 @@ def test_variant_names_departures() -> None:
         ({"n_items": 9, "eps": float("nan")}, ValueError, r"eps must lie in \(0, 1\], got nan"),
         ({"n_items": 9, "layer_norm_eps": 2.0}, ValueError, r"layer_norm_eps must lie in \(0, 1\]"),
         ({"n_items": 9, "rotary_base": 0}, ValueError, "rotary_base must be positive and finite"),
+        (
+            {"n_items": 9, "rotary_base": 10**400},
+            ValueError,
+            "rotary_base must be a number a",
+        ),
         ({"n_items": 9, "conv_width": 2**63}, ValueError, "conv_width must be at most 65536"),
         ({"n_items": 2**63}, ValueError, "n_items must be at most 1099511627776"),
         ({"n_items": 9, "rotary": "half"}, ValueError, "rotary must be one of full_width"),
@@ -79,6 +84,13 @@ def test_bad_values_have_one_clear_line(fields: dict, error: type[Exception], te
     with pytest.raises(error, match=text) as caught:
         RecGRELAConfig(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_become_floats() -> None:
+    """10^30 as an int was taken and failed in the rotation's frequencies."""
+    config = RecGRELAConfig(n_items=9, rotary_base=10**30, dropout=0)
+    assert isinstance(config.rotary_base, float)
+    RecGRELA(config.replace(hidden_size=8, num_heads=2))
 
 
 def test_dict_round_trip_and_replace() -> None:
