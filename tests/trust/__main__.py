@@ -4,6 +4,7 @@ python -m tests.trust             # writes it
 python -m tests.trust --check     # fails where the page says something else
 python -m tests.trust --run       # tests/trust with its slow tests, for the table
 python -m tests.trust --run giant # those with this word alone
+python -m tests.trust --run sanitizers    # a check of tests/trust/checks.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from typing import Any
 
 from tests.trust import records
+from tests.trust.checks import CHECKS
 
 PAGE = records.FOLDER.parents[2] / "docs" / "trust.md"
 BEGIN = "<!-- results of the runs: python -m tests.trust -->"
@@ -102,31 +104,46 @@ def page() -> str:
     return f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
 
 
+def keep(name: str, what: str, start: tuple[float, os.times_result], found: str) -> None:
+    """Writes what a run began at `start` found."""
+    now = os.times()
+    begin, used = start
+    cpu = now.children_user + now.children_system - used.children_user - used.children_system
+    record = {
+        "kind": "tests",
+        "what": what,
+        "tried": f"once, {number(cpu)} s of CPU, {number(time.monotonic() - begin)} s",
+        "found": found,
+        "versions": {**records.versions(), "commit": records.commit()},
+    }
+    records.write(records.FOLDER / f"tests-{name}.json", record)
+
+
+def run_check(name: str) -> int:
+    start = time.monotonic(), os.times()
+    what, check = CHECKS[name]
+    keep(name, what, start, check())
+    return 0
+
+
 def run_tests(word: str) -> int:
     """pytest's last line becomes a record."""
     chosen = word or "not giant"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-k", chosen]
-    start, used = time.monotonic(), os.times()
+    start = time.monotonic(), os.times()
     folder = records.FOLDER.parent
     run = subprocess.run([*command, str(folder)], capture_output=True, text=True)
     print(run.stdout, run.stderr, sep="")
-    now = os.times()
-    cpu = now.children_user + now.children_system - used.children_user - used.children_system
     last = run.stdout.strip().splitlines()[-1].strip("= ")
-    record = {
-        "kind": "tests",
-        "what": f"tests/trust, `-k {chosen!r}`: isolation, extremes, faults, processes, supply",
-        "tried": f"once, {number(cpu)} s of CPU, {number(time.monotonic() - start)} s",
-        "found": last.partition(" in ")[0],
-        "versions": {**records.versions(), "commit": records.commit()},
-    }
-    records.write(records.FOLDER / f"tests-{word or 'all'}.json", record)
+    what = f"tests/trust, `-k {chosen!r}`: isolation, extremes, faults, processes, supply"
+    keep(word or "all", what, start, last.partition(" in ")[0])
     return run.returncode
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--run"]:
-        return run_tests("".join(sys.argv[2:3]))
+        word = "".join(sys.argv[2:3])
+        return run_check(word) if word in CHECKS else run_tests(word)
     text = page()
     if "--check" in sys.argv[1:]:
         return 0 if text == PAGE.read_text(encoding="utf-8") else 1

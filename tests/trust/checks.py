@@ -1,0 +1,114 @@
+"""Long checks that are programs of their own; `python -m tests.trust --run NAME` keeps the outcome.
+
+sanitizers   the C++ tests of kernels and CUDA sources under address and undefined behaviour
+operators    tests/ops, in Python, on a library built with the same two sanitizers
+threads      kernels in threads, random shapes and events, under ThreadSanitizer; torch itself
+             is not built with it, so that tests in Python would report its threads
+valgrind     the step's events under valgrind
+streaming    ten million events of one user, two thousand random shapes
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSED = r"\d+% tests passed, \d+ tests failed out of \d+"
+
+
+def run(*command: str | Path, folder: Path = ROOT, **settings: str) -> str:
+    """What the command printed; it must succeed."""
+    environment = {**os.environ, "RECGRELA_CUDA": "0", **settings}
+    done = subprocess.run(
+        [str(x) for x in command], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout[-4000:], flush=True)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed: {done.returncode}")
+    return done.stdout
+
+
+def configured(name: str, sanitize: str, *targets: str) -> Path:
+    """A build of the C++ tests, or of some of them."""
+    folder = ROOT / "build" / name
+    run(
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        folder,
+        f"-DPython3_EXECUTABLE={sys.executable}",
+        "-DRECGRELA_CUDA=OFF",
+        f"-DRECGRELA_SANITIZE={sanitize}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    )
+    chosen = ("--target", *targets) if targets else ()
+    run("cmake", "--build", folder, "-j", "2", *chosen)
+    return folder
+
+
+def tests_of(folder: Path, *options: str) -> str:
+    text = run("ctest", "--test-dir", folder, "-j", "2", "--output-on-failure", *options)
+    found = re.search(PASSED, text)
+    assert found, "ctest must say how many passed"
+    return found[0]
+
+
+def sanitizers() -> str:
+    return tests_of(configured("sanitize", "ON"))
+
+
+def threads() -> str:
+    folder = configured("thread", "thread", "test_shapes", "test_stream")
+    said = run(folder / "test_stream", "300", RECGRELA_CPU_LEVEL="baseline")
+    said += run(folder / "test_shapes", "random", "60", "1", RECGRELA_CPU_LEVEL="baseline")
+    return f"{len(re.findall('^ok', said, re.MULTILINE))} comparisons, no report"
+
+
+def valgrind() -> str:
+    return tests_of(configured("cmake", "OFF"), "-C", "slow", "-R", "valgrind_step")
+
+
+def streaming() -> str:
+    chosen = "stream_ten_million_events|random_shapes"
+    return tests_of(configured("cmake", "OFF"), "-C", "slow", "-R", chosen)
+
+
+def operators() -> str:
+    place = ROOT / "build" / "sanitized"
+    ignored = shutil.ignore_patterns("build", ".*", "*.so")
+    shutil.copytree(ROOT, place, ignore=ignored, dirs_exist_ok=True)
+    flags = "-fsanitize=address,undefined"
+    run(sys.executable, "setup.py", "build_ext", "--inplace", folder=place, LDFLAGS=flags,
+        CXXFLAGS=f"{flags} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1")  # fmt: skip
+    compiler = os.environ.get("CXX", "g++")
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    libraries = [run(compiler, f"-print-file-name={name}").strip() for name in names]
+    # What Python and torch keep until the end is no leak of ours.
+    text = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/ops",
+        folder=place,
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1",
+    )
+    return text.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
+
+
+CHECKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "sanitizers": ("C++ tests, CUDA sources on the host: AddressSanitizer, UBSan", sanitizers),
+    "operators": ("tests/ops in Python: AddressSanitizer, UBSan", operators),
+    "threads": ("kernels in threads: ThreadSanitizer", threads),
+    "valgrind": ("300 events through every kind of step: valgrind", valgrind),
+    "streaming": ("ten million events of a user, 2,000 random shapes", streaming),
+}
