@@ -95,7 +95,7 @@ struct ActivationDropoutParams {
 // scaled and grad_classes are class_stride elements apart, whole vectors of every level: what lies
 // behind `width` is 0.
 struct SoftmaxLossParams {
-  bool is_double;
+  bool is_double, gradients;
   int64_t width, class_stride, classes, masked;  // masked: a row that is no class, or -1
   int64_t num_rows, chunk_begin, chunk_end;
   int64_t group_rows;  // whose class gradients are summed by themselves, whole tiles of every level
@@ -105,7 +105,7 @@ struct SoftmaxLossParams {
   void* scores;                      // chunk: [tiles, classes, rows of a tile]
   void* scaled;                      // chunk: [rows, class_stride]
   double* losses;                    // [num_rows]
-  void *grad_hidden, *grad_classes;  // [T, width], [classes, class_stride]; nullptr: not wanted
+  void *grad_hidden, *grad_classes;  // [T, width], [classes, class_stride]
   // Added to scores: of row t, bias_values[k] to the score of table row bias_items[k], k from
   // bias_offsets[t] to bias_offsets[t + 1]; items that are no class are passed by. nullptr: none.
   const int64_t *bias_offsets, *bias_items;

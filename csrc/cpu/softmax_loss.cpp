@@ -115,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
   list_rows(targets, ignore_index, n_items, classes.first, rows, wanted);
 
   SoftmaxLossParams p{};
+  p.gradients = gradients;
   p.is_double = hidden.scalar_type() == ScalarType::Double;
   const std::size_t element = p.is_double ? sizeof(double) : sizeof(float);
   const int64_t lanes = 64 / static_cast<int64_t>(element);

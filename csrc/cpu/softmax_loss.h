@@ -147,12 +147,12 @@ void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t firs
   for (int64_t j = 0; j < p.classes; j += kClassBlock) {
     const int64_t end = p.classes - j < kClassBlock ? p.classes : j + kClassBlock;
     exp_block(p, tile, j, end);
-    if (p.grad_hidden) add_gradient_block(p, tile, rows, j, end);
+    if (p.gradients) add_gradient_block(p, tile, rows, j, end);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const double behind = double(tile.largest[i]) - double(tile.wanted[i]);
     p.losses[first + i] = std::log(double(tile.sum[i])) + behind;
-    if (!p.grad_hidden) continue;
+    if (!p.gradients) continue;
     const int64_t row = p.rows[first + i], y = p.targets[first + i];
     const A share = A(1) / A(p.num_rows), factor = share / tile.sum[i];
     A* to = static_cast<A*>(p.grad_hidden) + row * p.width;

@@ -75,6 +75,7 @@ void test_loss(int64_t rows, int64_t classes, int64_t width, int64_t masked, int
   std::vector<T> grad_bias(items.size(), T(NAN));
   SoftmaxLossParams p{};
   p.is_double = sizeof(T) == sizeof(double);
+  p.gradients = true;
   p.first_class = first_class;
   if (biased) {
     p.bias_offsets = offsets.data();

@@ -44,7 +44,7 @@ def make_bias(rows: int, n_items: int, targets: Tensor, dtype: torch.dtype) -> o
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("ignore_index", [0, 11, "last", -100])
 @pytest.mark.parametrize("shape", [(1, 12, 8), (31, 13, 3), (70, 64, 16), (300, 65, 50),
-                                   (530, 129, 64), (97, 300, 72)])  # fmt: skip
+                                   (530, 129, 64), (97, 300, 72), (33, 13, 0)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_agrees_with_the_reference(
     dtype: torch.dtype, shape: tuple[int, int, int], ignore_index: Any, biased: bool
