@@ -24,6 +24,7 @@ from recgrela_ext.errors import DataError
 __all__ = ["FORMATS", "Columns", "read_columns"]
 
 CHUNK_ROWS = 1 << 19
+_BEYOND = "\0beyond"  # no column has a name with a zero byte
 _NO_TIME = ["", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "inf", "-inf"]
 
 
@@ -202,17 +203,19 @@ def _chunks(
     """Non-empty pandas chunks with the ``wanted`` columns; parser errors become DataErrors."""
     pandas = import_pandas("from_file")
     no_quotes = source.format != "csv" and source.format != "tmall"
-    with TextSource(source.paths, progress, source.name) as raw:
+    # One field wider than the file, so that pandas keeps what stands behind the last column.
+    widest = (source.separator.join("0" * len(source.columns)) + source.separator + "\n").encode()
+    with TextSource(source.paths, progress, source.name, before=widest) as raw:
         try:
             reader = pandas.read_csv(
                 io.BufferedReader(raw, 1 << 20),
                 sep=source.separator,
                 header=None,
-                names=_distinct(source.columns),
-                usecols=list(dict.fromkeys(wanted)),
+                names=[*_distinct(source.columns), _BEYOND],
+                usecols=[*dict.fromkeys(wanted), _BEYOND],
                 index_col=False,
-                skiprows=1 if source.header else 0,
-                dtype=types,
+                skiprows=[1] if source.header else None,
+                dtype={**types, _BEYOND: "str"},
                 keep_default_na=False,
                 na_values={source.time: _NO_TIME} if source.time not in (None, *types) else None,
                 quoting=csv.QUOTE_NONE if no_quotes else csv.QUOTE_MINIMAL,
@@ -220,14 +223,32 @@ def _chunks(
                 low_memory=False,
                 chunksize=CHUNK_ROWS,
             )
-            for chunk in reader:
+            for number, chunk in enumerate(reader):
+                chunk.index -= 1
+                chunk = chunk[1:] if number == 0 else chunk
                 if len(chunk):
+                    _check_width(source, chunk[_BEYOND])
                     yield chunk
         except pandas.errors.EmptyDataError:
             return
         except (pandas.errors.ParserError, OverflowError) as error:
             text = " ".join(str(error).split())
             raise DataError(f"{source.paths[0]}: must be regular rows, got: {text}") from None
+
+
+def _check_width(source: Source, beyond: Any) -> None:
+    """`beyond`: what stands behind the last column, which pandas drops in silence."""
+    more = beyond.notna().to_numpy()
+    filled = more & (beyond.fillna("").to_numpy() != "") if more.any() else more
+    if more.all() and not filled.any():  # every row ends with a separator
+        return
+    wrong = filled if filled.any() else more
+    if wrong.any():
+        line = beyond.index[0] + int(wrong.argmax()) + (2 if source.header else 1)
+        raise DataError(
+            f"{source.paths[0]}: every row must have {len(source.columns)} fields, "
+            f"got more in line {line}"
+        )
 
 
 def _distinct(columns: tuple[str, ...]) -> list[str]:

@@ -22,10 +22,16 @@ class TextSource(io.RawIOBase):
         paths: the files, in order; a missing line feed at the end of one is supplied.
         progress: True or False; None shows the bar on a terminal.
         description: text beside the bar.
+        before: a line of ours that comes first.
+
+    A byte order mark at the beginning of a file is left out.
     """
 
-    def __init__(self, paths: Sequence[Path], progress: bool | None, description: str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], progress: bool | None, description: str, before: bytes = b""
+    ) -> None:
         super().__init__()
+        self._head = before
         self._paths = list(paths)
         self._next = 0
         self._raw: IO[bytes] | None = None
@@ -45,15 +51,24 @@ class TextSource(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         while True:
+            if self._head:
+                data, self._head = self._head[: len(view)], self._head[len(view) :]
+                view[: len(data)] = data
+                return len(data)
             if self._text is None and not self._open_next():
                 return 0
             assert self._text is not None
             assert self._raw is not None
+            begins = self._offset == 0
             data = self._read(len(view))
             if data:
-                view[: len(data)] = data
                 self._last = data[-1:]
-                return len(data)
+                if begins:
+                    data = data.removeprefix(codecs.BOM_UTF8)
+                if data:
+                    view[: len(data)] = data
+                    return len(data)
+                continue
             self._close_current()
             if self._last != b"\n":
                 self._last = b"\n"

@@ -420,7 +420,9 @@ def softmax_loss(
     loss = -torch.log_softmax(scores, 1).gather(1, y[:, None]).sum() / count
     if not gradients:
         return loss, hidden.new_empty(0), table.new_empty(0), hidden.new_empty(0)
-    share = (torch.softmax(scores, 1) - F.one_hot(y, table.shape[0])) / count
+    own = torch.arange(len(y), device=y.device), y
+    minus = scores.new_full((), -1.0)
+    share = torch.softmax(scores, 1).index_put(own, minus, accumulate=True) / count
     grad_hidden = torch.zeros_like(hidden)
     grad_hidden[kept] = share @ table
     grad_bias = hidden.new_zeros(0 if bias is None else len(bias.values))

@@ -222,6 +222,11 @@ BAD_FILES = {
     ),
     "time in words": ("x.csv", "user,item,time\n1,2,3\n1,2,later\n", "'later' in line 3"),
     "too few fields": ("x.csv", "user,item,time\n1,2,3\n1\n", "missing.*line 3"),
+    "comma in a title": ("x.csv", "user,t,item,time\n1,a,2,3\n1,b, c,4,5\n", "4 fields.*line 3"),
+    "numbers alone": ("x.csv", "user,item,time\n1,8,5,100\n", "3 fields, got more in line 2"),
+    "an empty field more": ("x.csv", "user,item,time\n1,2,3\n1,2,3,,9\n", "got more in line 3"),
+    "wide .inter": ("x.inter", "user_id:token\titem_id:token\n1\t2\n3\t4\t5\n", "2 fields.*line 3"),
+    "wide u.data": ("u.data", "1\t2\t3\t4\n1\t3\t9\t3\t5\n", "4 fields, got more in line 2"),
     "unknown format": ("x.xyz", "1 2 3\n", "the format of x.xyz must be known"),
     "not ::": ("ratings.dat", "1::2::3\n", "user::item::rating::time"),
     "LFM columns": ("LFM-1b_LEs.txt", "1\t2\t3\n", "5 tab-separated columns .* got 3"),
@@ -241,6 +246,11 @@ def test_bad_files_give_one_clear_line(tmp_path, case):
     text = str(caught.value)
     assert "\n" not in text
     assert name.removesuffix(".gz").partition(".")[0] in text
+
+
+def test_a_separator_at_the_end_of_every_row(tmp_path):
+    path = write(tmp_path / "x.csv", "user,item,time\n1,2,3,\n1,4,5,\n")
+    assert Interactions.from_file(path).time.tolist() == [3, 5]
 
 
 def test_non_utf8_offset_beyond_the_first_buffer(tmp_path):
