@@ -237,14 +237,10 @@ def _chunks(
 
 
 def _check_width(source: Source, beyond: Any) -> None:
-    """`beyond`: what stands behind the last column, which pandas drops in silence."""
-    more = beyond.notna().to_numpy()
-    filled = more & (beyond.fillna("").to_numpy() != "") if more.any() else more
-    if more.all() and not filled.any():  # every row ends with a separator
-        return
-    wrong = filled if filled.any() else more
-    if wrong.any():
-        line = beyond.index[0] + int(wrong.argmax()) + (2 if source.header else 1)
+    """`beyond`: what stands behind the last column; a separator at the end of a row is nothing."""
+    more = beyond.fillna("").to_numpy() != ""
+    if more.any():
+        line = beyond.index[0] + int(more.argmax()) + (2 if source.header else 1)
         raise DataError(
             f"{source.paths[0]}: every row must have {len(source.columns)} fields, "
             f"got more in line {line}"

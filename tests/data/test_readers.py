@@ -224,8 +224,11 @@ BAD_FILES = {
     "too few fields": ("x.csv", "user,item,time\n1,2,3\n1\n", "missing.*line 3"),
     "comma in a title": ("x.csv", "user,t,item,time\n1,a,2,3\n1,b, c,4,5\n", "4 fields.*line 3"),
     "numbers alone": ("x.csv", "user,item,time\n1,8,5,100\n", "3 fields, got more in line 2"),
-    "an empty field more": ("x.csv", "user,item,time\n1,2,3\n1,2,3,,9\n", "got more in line 3"),
-    "wide .inter": ("x.inter", "user_id:token\titem_id:token\n1\t2\n3\t4\t5\n", "2 fields.*line 3"),
+    "wide .inter": (
+        "x.inter",
+        "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t3\t4\n",
+        "3 fields.*line 2",
+    ),
     "wide u.data": ("u.data", "1\t2\t3\t4\n1\t3\t9\t3\t5\n", "4 fields, got more in line 2"),
     "unknown format": ("x.xyz", "1 2 3\n", "the format of x.xyz must be known"),
     "not ::": ("ratings.dat", "1::2::3\n", "user::item::rating::time"),
