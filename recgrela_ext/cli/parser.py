@@ -218,7 +218,7 @@ def _add_recipe(group: Any) -> None:
     group.add_argument("--clip", type=_number, metavar="NORM", help="largest gradient norm")
     group.add_argument("--ema", type=_number, metavar="RATE", help="average weights; default 0")
     group.add_argument("--targets-per-step", type=_whole, metavar="N", help="default 3000")
-    group.add_argument("--loss", metavar="NAME", help="softmax (default), sampled or bpr")
+    group.add_argument("--loss", metavar="NAME", help="softmax (default), unseen, sampled or bpr")
     group.add_argument("--num-negatives", type=_whole, metavar="N", help="for sampled; default 256")
     group.add_argument("--amp", metavar="DTYPE", help="bfloat16 or float16")
     group.add_argument("--seed", type=_whole, default=0, metavar="N")

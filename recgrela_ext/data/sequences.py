@@ -102,6 +102,8 @@ class IdMap:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> IdMap:
         """Read what :meth:`save` wrote; DataError when the file is something else or torn."""
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise DataError(f"IdMap.load: {path} must be a regular file")
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:

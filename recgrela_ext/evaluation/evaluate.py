@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from recgrela_ext.data.sequences import Sequences, Targets
+from recgrela_ext.errors import shown
 from recgrela_ext.evaluation.baselines import make_baselines
 from recgrela_ext.evaluation.metrics import bootstrap_interval, metric_values
 from recgrela_ext.evaluation.ranking import Ranks, Scorer, rank_targets
@@ -55,6 +56,8 @@ def evaluate(
     Raises:
         ValueError: NaN scores, no targets, no or bad cut-offs, catalogues that differ.
     """
+    if not isinstance(targets, Targets):
+        raise TypeError(f"evaluate: targets must be Targets, got {shown(targets)}")
     ks = sorted(set(k))
     if not ks or ks[0] < 1:
         raise ValueError(f"evaluate: k must be cut-offs from 1, got {list(k)}")

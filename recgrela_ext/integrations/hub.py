@@ -22,6 +22,7 @@ from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
 from recgrela_ext.errors import CheckpointError
 from recgrela_ext.model import persistence
+from recgrela_ext.model.config import CONFIG_FILE, WEIGHTS_FILE
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
@@ -92,7 +93,7 @@ class RecGRELA(PyTorchModelHubMixin, Model):
             found = super().from_pretrained(name, device=device, **options)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
             raise CheckpointError(  # the mixin reads it first, and raises what json raises
-                f"{name}: {persistence.CONFIG_FILE} must be a JSON object: {error}"
+                f"{name}: {CONFIG_FILE} must be a JSON object: {error}"
             ) from None
         assert isinstance(found, RecGRELA)
         return found
@@ -113,7 +114,7 @@ class RecGRELA(PyTorchModelHubMixin, Model):
         if unknown:
             raise TypeError(f"from_pretrained: options must be known, got {', '.join(unknown)}")
         if not os.path.isdir(model_id):
-            names = [persistence.CONFIG_FILE, persistence.WEIGHTS_FILE]
+            names = [CONFIG_FILE, WEIGHTS_FILE]
             fields = {k: v for k, v in (config or {}).items() if k != "weights_sha256"}
             id_map_file = RecGRELAConfig.from_dict(fields).id_map_file  # before a name is asked for
             names += [id_map_file] if id_map_file is not None else []

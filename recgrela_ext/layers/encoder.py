@@ -44,6 +44,7 @@ class GRELAEncoder(nn.Module):
         eps = block.get("layer_norm_eps", 1e-6)
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps) if final_norm else None
         self._packed = Derived(pack)
+        self.register_load_state_dict_post_hook(_forget_packed)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Start anew, as `RecGRELA` does: N(0, std) for Linear weights, zero biases, the short
@@ -206,3 +207,7 @@ def check_one_run(mask: Tensor, first: Tensor, lengths: Tensor) -> None:
         raise ValueError(
             f"GRELAEncoder: mask must have one run of True per row, got a gap in row {row}"
         )
+
+
+def _forget_packed(encoder: GRELAEncoder, _: Any) -> None:
+    encoder._packed.forget()

@@ -7,7 +7,9 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _VERSION = attrgetter("_version")
 M = TypeVar("M", bound=nn.Module)
@@ -19,6 +21,11 @@ class Derived(Generic[M, T]):
 
     It is asked at every event: modules and tensors are listed once, and then compared by functions
     that need no bytecode per tensor. Threads may ask at once; a copy starts empty.
+
+    What torch counts, `Tensor._version`, is enough but for three cases: its fused optimizers write
+    without counting, so every optimizer's step counts here; an inference tensor has no count, so
+    that `forget` is called after `load_state_dict`, and other writes to one go unnoticed, as those
+    through `.data` do.
     """
 
     def __init__(self, make: Callable[[M], T]) -> None:
@@ -31,6 +38,10 @@ class Derived(Generic[M, T]):
             weights = _Weights(module)  # before they are read: a write meanwhile is seen next time
             last = self._last = (weights, self._make(module))
         return last[1]
+
+    def forget(self) -> None:
+        """Makes it again when next asked."""
+        self._last = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[M, T]:
         return Derived(self._make)
@@ -79,3 +90,13 @@ class _Weights:
 def _version_of(x: Tensor) -> int:
     """How often `x` was written to; 0 for an inference tensor, which does not count."""
     return 0 if x.is_inference() else x._version
+
+
+def _count_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version([p for p in weights if not p.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_step)

@@ -8,7 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import StateError, shown
 
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
@@ -97,7 +97,7 @@ def storage_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ValueError(f"{caller}: dtype must be one of {names}, got {dtype}")
+        raise ValueError(f"{caller}: dtype must be one of {names}, got {shown(dtype)}")
     return found
 
 

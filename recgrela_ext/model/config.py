@@ -18,6 +18,7 @@ _CHOICES = {
     "gate_activation": ("silu", "relu", "gelu"),
     "mlp_activation": ("gelu", "silu", "relu"),
 }
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of a saved model
 # Each at least 1 and at most this: far beyond, a weight's size in bytes no longer fits an int64.
 _LARGEST = {
     "hidden_size": 1 << 16,
@@ -171,6 +172,8 @@ class RecGRELAConfig:
         if name is not None:
             plain = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
             _require(plain, "id_map_file", "be a plain file name", name)
+            own = name.lower() in (CONFIG_FILE, WEIGHTS_FILE)
+            _require(not own, "id_map_file", f"not be {CONFIG_FILE} or {WEIGHTS_FILE}", name)
 
     @classmethod
     def paper(cls, n_items: int | None = None, **changes: Any) -> RecGRELAConfig:

@@ -207,6 +207,9 @@ def _check(
     chunk_rows: int | None,
     method: str,
 ) -> None:
+    for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"softmax_loss: {name} must be a tensor, got {shown(x)}")
     if hidden.dim() != 2 or table.dim() != 2 or hidden.shape[1] != table.shape[1]:
         raise ValueError(
             "softmax_loss: hidden must be [T, hidden_size] and table [n_items, hidden_size], got "
@@ -224,8 +227,15 @@ def _check(
         raise ValueError(
             f"softmax_loss: ignore_index must be a row of table to be excluded, got {ignore_index}"
         )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"softmax_loss: chunk_rows must be at least 1, got {chunk_rows}")
+    if not isinstance(exclude_padding_class, bool):
+        raise TypeError(
+            "softmax_loss: exclude_padding_class must be True or False, "
+            f"got {shown(exclude_padding_class)}"
+        )
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(
+            f"softmax_loss: chunk_rows must be an int of at least 1, got {shown(chunk_rows)}"
+        )
     if method not in ("auto", "chunked", "torch"):
         raise ValueError(
             f"softmax_loss: method must be auto, chunked or torch, got {shown(method)}"

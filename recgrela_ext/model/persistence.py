@@ -19,13 +19,11 @@ from torch import Tensor
 from .. import ops
 from ..errors import CheckpointError, DataError
 from ..layers.packing import pack
-from .config import RecGRELAConfig
+from .config import CONFIG_FILE, WEIGHTS_FILE, RecGRELAConfig
 
 if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 ID_MAP_FILE = "id_map.json"
 
 _PUBLISHED_TOP = {
@@ -43,7 +41,7 @@ _PUBLISHED_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_BLOCK_NAME = re.compile(r"GRELA_block\.(\d+)\.(.+)\.(weight|bias|rotations)")
+_BLOCK_NAME = re.compile(r"GRELA_block\.(\d{1,18})\.(.+)\.(weight|bias|rotations)")
 
 
 NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
@@ -162,9 +160,11 @@ def from_reference(
         layers = max(layers, layer + 1)
         prefix = f"encoder.layers.{layer}."
         if kind == "rotations":
+            if tensor.dim() == 0:
+                raise CheckpointError(f"from_reference: {name} must have a row per place, got none")
             max_seq_len = tensor.shape[0]  # of this buffer only its length is not known already
         elif part == "attn.conv1d":
-            taps = tensor.flatten(1) if kind == "weight" else tensor
+            taps = tensor.flatten(1) if kind == "weight" and tensor.dim() > 1 else tensor
             weights[f"{prefix}modulator.conv_{kind}"] = taps
         elif part in _PUBLISHED_BLOCK:
             weights[f"{prefix}{_PUBLISHED_BLOCK[part]}.{kind}"] = tensor
@@ -233,6 +233,8 @@ def _filled(
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} must be a regular file")
     try:
         return path.read_bytes()
     except OSError as error:

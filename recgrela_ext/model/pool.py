@@ -49,12 +49,13 @@ class Pool:
         scales = layout.row_size // self.group
         int8 = dtype == torch.int8
         hidden = storage.hidden_dtype(dtype, in_use)
-        self.rows = Rows(
-            torch.zeros(capacity, layout.row_size, dtype=dtype, device=device),
-            torch.zeros(capacity, scales, dtype=torch.float16, device=device) if int8 else None,
-            torch.zeros(capacity, dtype=torch.int64, device=device),
-            torch.zeros(capacity, hidden_size, dtype=hidden, device=device),
-        )
+        with torch.inference_mode(False):  # else nothing could be written outside of it
+            self.rows = Rows(
+                torch.zeros(capacity, layout.row_size, dtype=dtype, device=device),
+                torch.zeros(capacity, scales, dtype=torch.float16, device=device) if int8 else None,
+                torch.zeros(capacity, dtype=torch.int64, device=device),
+                torch.zeros(capacity, hidden_size, dtype=hidden, device=device),
+            )
         self.owner = np.zeros(capacity, dtype=np.int64)  # user of each slot in use
         self.recency = Recency(capacity)
         self._slots: dict[int, int] = {}

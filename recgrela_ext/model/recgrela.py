@@ -54,6 +54,7 @@ class RecGRELA(nn.Module):
         self.config = config
         self.id_map: IdMap | None = None
         self._weights = Derived(persistence.Weights)
+        self.register_load_state_dict_post_hook(_forget_weights)
         width = config.hidden_size
         self.item_embedding = nn.Embedding(config.rows, width, padding_idx=config.padding_idx)
         learned = config.position == "learned"
@@ -403,7 +404,8 @@ class RecGRELA(nn.Module):
         """16 bytes that depend on the weights and on the configuration, training options apart.
 
         States, stores and item tables made with other weights are refused by it. Writes through
-        `.data` are the exception: they go unnoticed, as autograd does not count them.
+        `.data` are the exception, and those to a weight that was made in inference mode (but for
+        `load_state_dict`): they go unnoticed, as autograd does not count them.
         """
         return persistence.weights_of(self).fingerprint
 
@@ -434,3 +436,7 @@ class RecGRELA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}, n_items={self.config.n_items}"
+
+
+def _forget_weights(model: RecGRELA, _: Any) -> None:
+    model._weights.forget()

@@ -41,7 +41,8 @@ class ItemTable:
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if found not in _FORMATS:
             raise ValueError(
-                f"ItemTable: dtype must be one of float32, bfloat16, float16, int8, got {dtype}"
+                "ItemTable: dtype must be one of float32, bfloat16, float16, int8, "
+                f"got {shown(dtype)}"
             )
         weight = model.item_embedding.weight.detach()
         self.fingerprint = model.fingerprint()

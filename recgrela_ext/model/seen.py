@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import StateError, shown
 from . import blob as storage
 
 STATE_MAGIC = b"RGUS"
@@ -25,8 +25,8 @@ class SeenItems:
     """
 
     def __init__(self, batch_size: int) -> None:
-        if batch_size < 0:
-            raise ValueError(f"SeenItems: batch_size must be at least 0, got {batch_size}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"SeenItems: batch_size must be an int >= 0, got {shown(batch_size)}")
         self._users = [_User() for _ in range(batch_size)]
 
     @classmethod
@@ -43,10 +43,25 @@ class SeenItems:
         cls, item_seq: Tensor, item_seq_len: Tensor | None = None, padding_idx: int = 0
     ) -> SeenItems:
         """From right-padded histories [B, L]; without lengths every item but the padding counts."""
+        if item_seq.dim() != 2:
+            raise ValueError(
+                f"SeenItems.from_sequences: item_seq must be [B, L], got {list(item_seq.shape)}"
+            )
         rows = item_seq.detach().cpu().numpy()
         if item_seq_len is None:
             return cls.from_lists(row[row != padding_idx] for row in rows)
+        if item_seq_len.shape != item_seq.shape[:1]:
+            raise ValueError(
+                f"SeenItems.from_sequences: item_seq_len must be [{len(rows)}], "
+                f"got {list(item_seq_len.shape)}"
+            )
         lengths = item_seq_len.detach().cpu().tolist()
+        for length in lengths:
+            if not 0 <= length <= rows.shape[1]:
+                raise ValueError(
+                    f"SeenItems.from_sequences: item_seq_len must lie in 0..{rows.shape[1]}, "
+                    f"got {length}"
+                )
         return cls.from_lists(row[:n] for row, n in zip(rows, lengths, strict=True))
 
     @classmethod
@@ -86,8 +101,10 @@ class SeenItems:
             user.add(_sorted(row[row != padding_idx]))
 
     def ids(self, i: int) -> np.ndarray:
-        """Sorted item rows of user `i`, int32."""
-        return self._users[i].ids
+        """Sorted item rows of user `i`, int32, read-only."""
+        ids = self._users[i].ids.view()
+        ids.flags.writeable = False
+        return ids
 
     def padded(self, padding_idx: int = 0, device: torch.device | str | None = None) -> Tensor:
         """int64 [B, longest], the rest filled with `padding_idx`."""

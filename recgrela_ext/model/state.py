@@ -111,9 +111,9 @@ class UserState:
         fingerprint: bytes,
         clock: _Clock | None = None,
     ) -> None:
-        self.buffer = buffer  # [B, F]
-        self.position = position  # [B] int64
-        self.hidden = hidden  # [B, hidden_size]
+        self.buffer = _writable(buffer)  # [B, F]
+        self.position = position = _writable(position)  # [B] int64
+        self.hidden = _writable(hidden)  # [B, hidden_size]
         self.layout = layout
         self.fingerprint = fingerprint
         if clock is None:
@@ -137,15 +137,16 @@ class UserState:
         device: torch.device | str | None = None,
     ) -> UserState:
         """The state of `batch_size` users before their first item."""
-        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return cls(
-            torch.zeros(batch_size, layout.row_size, dtype=dtype, device=device),
-            position,
-            torch.zeros(batch_size, hidden_size, dtype=dtype, device=device),
-            layout,
-            fingerprint,
-            _Clock(position, 0),
-        )
+        with torch.inference_mode(False):
+            position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            return cls(
+                torch.zeros(batch_size, layout.row_size, dtype=dtype, device=device),
+                position,
+                torch.zeros(batch_size, hidden_size, dtype=dtype, device=device),
+                layout,
+                fingerprint,
+                _Clock(position, 0),
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # `layers` are views: a copy makes its own from the copied buffer
@@ -298,3 +299,11 @@ class UserState:
         state.position[0] = position
         state.advance(0, position)
         return state
+
+
+def _writable(x: Tensor) -> Tensor:
+    """x, or a copy of an inference tensor: that could not be written to outside inference mode."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()

@@ -87,6 +87,8 @@ class UserStateStore:
         for name, value in (("capacity", capacity), ("active", active)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"UserStateStore: {name} must be an int >= 1, got {shown(value)}")
+            if value >= 2**40:
+                raise ValueError(f"UserStateStore: {name} must be below 2**40, got {shown(value)}")
         self.model = model
         self.on_evict = on_evict
         empty = model.init_state(0)
@@ -99,6 +101,8 @@ class UserStateStore:
                 f"UserStateStore: dtype must not exceed the model's, {in_use}, got {at_rest}"
             )
         place = torch.device(self._device if device is None else device)
+        if place.type == "meta":
+            raise ValueError("UserStateStore: device must hold values, got meta")
 
         def pool(rows: int, form: torch.dtype) -> Pool:
             return Pool(rows, self.layout, width, form, in_use, place)
@@ -240,7 +244,12 @@ class UserStateStore:
             raise ValueError(
                 f"{caller}: histories must be one per user, {len(ids)}, got {len(histories)}"
             )
-        given = [np.asarray(history) for history in histories]
+        given = [np.asarray(h.detach().cpu() if isinstance(h, Tensor) else h) for h in histories]
+        for history in given:
+            if history.ndim != 1:
+                raise ValueError(
+                    f"{caller}: every history must be items [L], got {list(history.shape)}"
+                )
         seen = SeenItems.from_lists(given)  # which refuses what is no item row
         rows = [history.astype(np.int64) for history in given]
         step = self.pools[0].capacity

@@ -64,6 +64,8 @@ def load(
     on_evict: Callable[[Evicted], None] | None,
     device: torch.device | str | None,
 ) -> UserStateStore:
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise StateError(f"UserStateStore.load: {path} must be a regular file")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             facts = _facts(path, file.metadata() or {})

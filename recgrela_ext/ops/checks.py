@@ -309,8 +309,13 @@ def check_bias_values(op: str, bias: LogitBias, n_items: int) -> None:
     if torch.compiler.is_compiling() or items.device.type != "cpu" or _is_fake(items):
         return
     first, last, count = int(offsets[0]), int(offsets[-1]), items.numel()
-    if first != 0 or last != count or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"{op}: bias.offsets must rise from 0 to K={count}, got {first} to {last}")
+    told = f"{op}: bias.offsets must rise from 0 to K={count}"
+    if first != 0 or last != count:
+        raise ValueError(f"{told}, got {first} to {last}")
+    falls = (offsets.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0])
+        raise ValueError(f"{told}, got {int(offsets[at])} before {int(offsets[at + 1])}")
     if count and not 0 <= int(items.min()) <= int(items.max()) < n_items:
         bad = int(items.min()) if int(items.min()) < 0 else int(items.max())
         raise ValueError(f"{op}: bias.items must lie in 0..{n_items - 1}, got {bad}")

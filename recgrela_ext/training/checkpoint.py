@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,7 +91,7 @@ class CheckpointFolder:
     def steps(self) -> list[int]:
         """Steps of the checkpoints there, ascending."""
         names = (entry.name for entry in self.path.glob("step-*") if entry.is_dir())
-        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+        return sorted(int(name[5:]) for name in names if re.fullmatch("[0-9]+", name[5:]))
 
     def save(
         self,

@@ -59,7 +59,8 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "nothing to resume": (["--resume"], "must hold a checkpoint to resume"),
     "threads": (["--threads", "100000000"], "--threads: must be at most 1024, got 100000000"),
     "seed": (["--seed", "99999999999999999999"], "--seed: must be below 2**63"),
-    "memory": (["--hidden-size", "100000000"], "not enough memory"),
+    "width": (["--hidden-size", "100000000"], "hidden_size must be at most 65536, got 100000000"),
+    "memory": (["--loss", "sampled", "--num-negatives", str(10**12)], "not enough memory"),
     "unknown option": (["--layers", "3"], "unrecognized arguments: --layers 3"),
 }
 

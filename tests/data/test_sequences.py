@@ -93,7 +93,7 @@ def test_id_map_load_bad_file(tmp_path, text):
         IdMap.load(path)
     with pytest.raises(DataError, match="no such file"):
         IdMap.load(tmp_path / "absent.json")
-    with pytest.raises(DataError, match="must be readable"):
+    with pytest.raises(DataError, match="must be a regular file"):
         IdMap.load(tmp_path)
 
 

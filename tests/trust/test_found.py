@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,14 @@ from recgrela_ext import (
     DataError,
     IdMap,
     Interactions,
+    ItemTable,
+    RecGRELA,
     SeenItems,
     StateError,
     UserState,
     UserStateStore,
+    evaluate,
+    fit,
     ops,
 )
 from recgrela_ext.errors import shown
@@ -357,3 +364,168 @@ def test_a_wrong_value_is_shown_in_one_short_line(value: object, told: str) -> N
     assert shown(value) == told
     with pytest.raises((TypeError, ValueError), match=f"got {re.escape(told)}$"):
         ops.topk_scores(torch.ones(1, 2), torch.ones(3, 2), 1, padding_idx=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+    ],
+    ids=["AdamW", "SGD", "Adagrad"],
+)
+def test_fused_optimizers_are_noticed(make: Any) -> None:
+    """They write without counting: packed weights and fingerprint stayed as they were."""
+    model = small_model()
+    store = UserStateStore(model, 10)
+    store.step([7], torch.tensor([1]))
+    blob, table, before = model.init_state(1).to_bytes(0), ItemTable(model), model.fingerprint()
+    optimizer = make(model.parameters())
+    model.loss(torch.tensor([[1, 2]]), None, torch.tensor([[2, 3]])).backward()
+    optimizer.step()
+    assert model.fingerprint() != before
+    stepped = model.step(torch.tensor([1]), model.init_state(1))
+    torch.testing.assert_close(stepped, model(torch.tensor([[1]])))
+    with pytest.raises(ValueError, match="must come from"):
+        store.step([7], torch.tensor([2]))
+    with pytest.raises(StateError, match="must come from"):
+        UserState.from_bytes(blob, model)
+    with pytest.raises(ValueError, match="must come from"):
+        model.recommend(torch.tensor([[1]]), k=1, table=table)
+
+
+def test_weights_loaded_in_inference_mode_are_noticed() -> None:
+    with torch.inference_mode():
+        model, other = small_model(), small_model()
+        for weight in other.parameters():
+            weight.mul_(1.1)
+        model.step(torch.tensor([1]), model.init_state(1))
+        before = model.fingerprint()
+        model.load_state_dict(other.state_dict())
+        assert model.fingerprint() != before
+        stepped = model.step(torch.tensor([1]), model.init_state(1))
+        torch.testing.assert_close(stepped, model(torch.tensor([[1]])))
+    copy.deepcopy(model)
+    pickle.loads(pickle.dumps(model))
+
+
+def test_states_of_inference_mode_go_on_outside_of_it() -> None:
+    """A step outside changed the sums, then failed: the event was counted twice at the next try."""
+    model = small_model()
+    with torch.inference_mode():
+        states = [
+            model.prefill(torch.tensor([[1, 2]])),
+            model.prefill_packed(torch.tensor([1, 2]), torch.tensor([0, 2])),
+            UserState.from_bytes(model.prefill(torch.tensor([[1, 2]])).to_bytes(0), model),
+            UserState.cat([model.prefill(torch.tensor([[1, 2]]))]),
+            model.prefill(torch.tensor([[3], [1]]))[1:],
+        ]
+        model.step(torch.tensor([2]), states[-1])
+        store = UserStateStore(model, 3, "int8")
+        store.step([5], torch.tensor([1]))
+    store.step([5], torch.tensor([2]))
+    wanted = model.prefill(torch.tensor([[1, 2, 3]]))
+    for state in states:
+        model.step(torch.tensor([3]), state)
+        assert state.position.tolist() == [3]
+        torch.testing.assert_close(state.buffer, wanted.buffer)
+        torch.testing.assert_close(state.hidden, wanted.hidden)
+    with torch.inference_mode():
+        model.step(torch.tensor([4]), states[0])
+    model.prefill(torch.tensor([[5]]), state=states[0])
+    torch.testing.assert_close(
+        states[0].buffer, model.prefill(torch.tensor([[1, 2, 3, 4, 5]])).buffer
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_id_map_has_a_file_of_its_own(name: str) -> None:
+    """It was written over the configuration, and lost."""
+    with pytest.raises(ValueError, match="id_map_file must not be config"):
+        small_model(id_map_file=name)
+
+
+@pytest.mark.parametrize("length", [-1, 4, 99])
+def test_lengths_of_seen_items(length: int) -> None:
+    with pytest.raises(ValueError, match=rf"item_seq_len must lie in 0..3, got {length}"):
+        SeenItems.from_sequences(torch.tensor([[5, 6, 7]]), torch.tensor([length]))
+    with pytest.raises(ValueError, match=r"item_seq_len must be \[1\], got \[2\]"):
+        SeenItems.from_sequences(torch.tensor([[5, 6, 7]]), torch.tensor([1, 2]))
+
+
+def test_seen_items_cannot_be_written_through() -> None:
+    """`lookup` says copies; its ids were the store's."""
+    store = UserStateStore(small_model(), 3)
+    store.step([1], torch.tensor([4]))
+    with pytest.raises(ValueError, match="read-only"):
+        store.lookup([1]).seen.ids(0)[0] = 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"GRELA_block.0.attn.rotations": torch.ones(())},
+        {"GRELA_block.0.attn.conv1d.weight": torch.ones(())},
+        {"GRELA_block.0.attn.conv1d.weight": torch.ones(4)},
+        {f"GRELA_block.{'1' * 5000}.attn.conv1d.weight": torch.ones(4, 1, 4)},
+    ],
+    ids=["rotations", "no taps", "one row of taps", "layer"],
+)
+def test_reference_weights_of_odd_shapes(change: dict[str, Tensor]) -> None:
+    weights = {
+        "item_embedding.weight": torch.ones(9, 8),
+        "GRELA_block.0.attn.conv1d.weight": torch.ones(8, 1, 4),
+    }
+    with pytest.raises(CheckpointError, match="from_reference"):
+        RecGRELA.from_reference({**weights, **change})
+
+
+def test_foreign_folders_beside_checkpoints(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.save(1, {"a": torch.ones(1)}, {})
+    (tmp_path / "step-²").mkdir()
+    found = checkpoints.load_newest()
+    assert found is not None
+    assert found.step == 1
+
+
+def test_file_names_with_line_ends(tmp_path: Path) -> None:
+    for ends in ("\n", "\u2028"):
+        with pytest.raises(DataError) as caught:
+            Interactions.from_file(tmp_path / f"a{ends}b.csv")
+        assert len(str(caught.value).splitlines()) == 1
+    assert shown("a\u2028b") == "'a\\u2028b'"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "id_map.json"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    model = small_model()
+    model.id_map = IdMap(np.arange(3), np.arange(11))
+    model.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="must be a regular file"):
+        RecGRELA.from_pretrained(tmp_path)
+    with pytest.raises(StateError, match="must be a regular file"):
+        UserStateStore.load(tmp_path / name, model)
+
+
+def test_refusals_name_the_argument() -> None:
+    model = small_model()
+    store = UserStateStore(model, 3)
+    for call, error, text in (
+        (lambda: UserStateStore(model, 10**30), ValueError, "capacity must be below"),
+        (lambda: UserStateStore(model, 3, torch.ones(5, 5)), ValueError, "dtype must be one of"),
+        (lambda: UserStateStore(model, 3, device="meta"), ValueError, "device must hold values"),
+        (lambda: ItemTable(model, torch.ones(5, 5)), ValueError, "dtype must be one of"),
+        (lambda: store.rebuild([1], [[[1, 2]]]), ValueError, r"history must be items \[L\]"),
+        (lambda: SeenItems(None), ValueError, "batch_size must be an int"),
+        (lambda: losses.softmax_loss([1.0], None, None), TypeError, "hidden must be a tensor"),
+        (lambda: fit(model, None, steps=1), TypeError, "train must be Sequences, got None"),
+        (lambda: evaluate(model, None), TypeError, "targets must be Targets, got None"),
+    ):
+        with pytest.raises(error, match=text) as caught:
+            call()
+        assert len(str(caught.value).splitlines()) == 1
+    store.rebuild([1], [torch.tensor([1, 2])])
