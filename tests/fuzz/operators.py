@@ -330,7 +330,9 @@ class Operators:
         offsets = F.pad(counts.cumsum(0), (1, 0))
         items = torch.randint(N, (int(offsets[-1]),))
         values = torch.randn(len(items)).to(arguments["hidden"].dtype)
-        values[torch.rand(len(items)) < draw.below(3) / 4] = -torch.inf
+        out = torch.rand(len(items)) < draw.below(3) / 4
+        out &= items != arguments["targets"].repeat_interleave(counts)  # these stay, it says
+        values[out] = -torch.inf
         if draw.below(8) == 0 and len(items):
             items[draw.below(len(items))] = draw.one_of([-1, N, 2**40, -(2**62)])
         if draw.below(8) == 0:
