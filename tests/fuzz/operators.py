@@ -272,6 +272,8 @@ class Operators:
 
     def topk(self, draw: Draw) -> None:
         arguments = spoil_one(draw, self.topk_arguments(draw))
+        if isinstance(arguments["k"], int) and 10**6 < arguments["k"] < 2**31:
+            return  # gigabytes of padding, as asked for
         compare(
             "topk_scores",
             lambda: ops.topk_scores(**arguments),
