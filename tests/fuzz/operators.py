@@ -64,7 +64,7 @@ def spoiled(draw: Draw, name: str, x: Any) -> Any:
     if action == 6:
         return x.to("meta")
     if action == 7 and not x.is_floating_point() and x.numel() and not x.is_meta:
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         if name == "state":  # a position: any the rotation can still tell from its neighbour
             x.view(-1)[draw.below(x.numel())] = draw.one_of([0, 1, 7, 2**31, 2**40])
         elif x.dtype in (torch.int64, torch.int32):
