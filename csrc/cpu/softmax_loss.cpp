@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
       char* to = row_of(grad_table.mutable_data_ptr(), classes.first, width, element);
       copy_rows(p.grad_classes, p.class_stride, to, width, p.classes, element);
     }
-    if (exclude) {
+    if (exclude && width > 0) {
       std::memset(row_of(grad_table.mutable_data_ptr(), ignore_index, width, element), 0,
                   std::size_t(width) * element);
     }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import full_precision
+
 _ELEMENTS = 1 << 22  # scores (or gathered table elements) held at once
 _USERS = 512
 
@@ -29,7 +31,7 @@ def top_k(
     scores, items = [], []
     own_lists = candidates is not None and candidates.dim() == 2
     step = max(1, _ELEMENTS // (256 * table.shape[1])) if own_lists else _USERS
-    with torch.autocast(hidden.device.type, enabled=False):
+    with full_precision(hidden):
         for start in range(0, hidden.shape[0], step):
             users = slice(start, start + step)
             some = None if seen is None else seen[users]

@@ -57,6 +57,9 @@ def topk_scores(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if table.is_floating_point():
         dtype = torch.promote_types(dtype, table.dtype)
+    if hidden.is_meta:
+        shape = (hidden.shape[0], k)
+        return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.int64)
     hidden = hidden.to(dtype).contiguous()
     seen = None if seen is None else seen.to(torch.int64).sort(-1).values
     if candidates is not None:

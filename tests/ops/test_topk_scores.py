@@ -209,3 +209,12 @@ def test_a_raw_call_is_checked() -> None:
     ):
         with pytest.raises((ValueError, RuntimeError), match="topk_scores: " + text):
             op(*arguments)
+
+
+def test_meta_tensors() -> None:
+    """Shapes alone; autocast knows no meta device."""
+    hidden, table = torch.empty(3, 4, device="meta"), torch.empty(9, 4, device="meta")
+    scores, items = ops.topk_scores(hidden, table, 2)
+    assert scores.shape == items.shape == (3, 2)
+    assert items.dtype == torch.int64
+    assert scores.is_meta
