@@ -14,7 +14,11 @@ class Scratch {
   template <class A>
   A* take(int64_t count) {
     A* at = reinterpret_cast<A*>(base_ + used_);
-    used_ += (count * int64_t(sizeof(A)) + 63) / 64 * 64 + kGap;
+    used_ += (count * int64_t(sizeof(A)) + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_ != nullptr) __asan_poison_memory_region(base_ + used_, kGap);  // else nobody sees
+#endif
+    used_ += kGap;
     return at;
   }
   int64_t used() const { return used_; }

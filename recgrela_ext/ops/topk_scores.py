@@ -101,7 +101,8 @@ def reference_topk_scores(
         allowed[user, candidates.to(torch.int64).expand(B, -1)] = True
         scores = scores.masked_fill(~allowed, -torch.inf)
     if seen is not None:
-        inside = torch.where((seen >= 0) & (seen < N), seen, padding_idx).to(torch.int64)
+        seen = seen.to(torch.int64)
+        inside = torch.where((seen >= 0) & (seen < N), seen, padding_idx)
         scores[user, inside] = -torch.inf
     scores[:, padding_idx] = -torch.inf
     scores = scores.masked_fill(scores.isnan(), -torch.inf)

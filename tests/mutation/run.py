@@ -40,6 +40,7 @@ from tests.cuda_shim.mutations import FLAGS as SHIM_FLAGS
 from tests.cuda_shim.mutations import includes
 from tests.mutation.explained import EXPLAINED
 from tests.trust import records
+from tests.trust.checks import NO_DISASSEMBLY
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/mutation"
@@ -315,7 +316,7 @@ class CpuBench(Bench):
         options = ["-shared", f"-L{folder}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         link([*wrappers, *kernels], target, *options)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += ["-k", "not wide_multiply_adds"]  # it looks at the machine code of -O3
+        command += ["-k", NO_DISASSEMBLY]  # that is of -O3
         chosen = [str(path.relative_to(ROOT)) for path in tests]
         try:
             run = subprocess.run(
