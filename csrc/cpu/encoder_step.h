@@ -109,10 +109,11 @@ template <class A>
 void lay_out(EncoderRows<A>& w, Scratch& scratch, const EncoderStepParams& p) {
   const int64_t C = p.H * p.D;
   lay_out(w.head, scratch, p.D);
+  // A head is read in whole vectors: that of the last user reaches beyond the rows.
   for (A** rows : {&w.x, &w.h, &w.gate, &w.u, &w.y, &w.cosines, &w.sines}) {
-    *rows = scratch.take<A>(kUsersAtOnce * C);
+    *rows = scratch.take<A>(kUsersAtOnce * C + kLanes<A>);
   }
-  w.qk = scratch.take<A>(kUsersAtOnce * 2 * C);
+  w.qk = scratch.take<A>(kUsersAtOnce * 2 * C + kLanes<A>);
   w.inner = scratch.take<A>(kUsersAtOnce * p.mlp_width);
 }
 

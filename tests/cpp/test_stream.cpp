@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -129,38 +130,42 @@ void threads() {
       "same bits from several threads", 0);
 }
 
-// encoder_step, every buffer as large as it must be.
+// encoder_step, every buffer as large as it must be; every third user but the first is passed by.
 template <class A>
-void encoder(bool gate, int64_t conv_width) {
-  const int64_t layers = 2, M = 40, past = std::max<int64_t>(conv_width - 1, 0);
+void encoder(bool gate, int64_t conv_width, int64_t users) {
+  constexpr int64_t D = 10, C = H * D;  // no whole vectors
+  const int64_t layers = 2, M = 42, past = std::max<int64_t>(conv_width - 1, 0);
   int64_t size = 2 * C + gate * (C * C + C) + C * C + C + 2 * C * C + 2 * C;
   size += conv_width ? C * conv_width + C : 0;
   size += C * C + C + 2 * C + C * M + M + M * C + C;
   const int64_t row = layers * (C * D + C + past * C);
   auto weights = as<A>(random(layers * size + 2 * C, 7, 0.1));
-  auto x = as<A>(random(B * C, 8));
-  std::vector<A> out(B * C), state(B * row);
+  auto x = as<A>(random(users * C, 8));
+  std::vector<A> out(users * C), state(users * row);
   std::vector<double> inv_freq(C / 2, 0.3);
-  std::vector<int64_t> position(B);
-  const bool active[B] = {true, false, true};
+  std::vector<int64_t> position(users);
+  const std::unique_ptr<bool[]> active(new bool[users]);
+  for (int64_t u = 0; u < users; ++u) active[u] = u % 3 != 1;
   EncoderStepParams p{};
   p.is_double = sizeof(A) == 8, p.has_gate = gate, p.has_final_norm = true;
-  p.B = B, p.num_layers = layers, p.H = H, p.D = D, p.W = conv_width, p.mlp_width = M;
+  p.B = users, p.num_layers = layers, p.H = H, p.D = D, p.W = conv_width, p.mlp_width = M;
   p.eps = p.layer_norm_eps = 1e-6;
   p.x = x.data(), p.out = out.data(), p.x_stride = C;
   p.weights = weights.data(), p.inv_freq = inv_freq.data();
   p.state = state.data(), p.state_stride = row;
-  p.position = position.data(), p.active = active;
+  p.position = position.data(), p.active = active.get();
   for (int64_t t = 0; t < 20; ++t) {
-    kernels().encoder_step(p, 0, B);
+    kernels().encoder_step(p, 0, users);
     for (int64_t& n : position) ++n;
   }
   bool good = true;
-  for (int64_t i = 0; i < B * C; ++i) {
+  for (int64_t i = 0; i < users * C; ++i) {
     const bool on = active[i / C];
     good = good && (on ? std::isfinite(out[i]) && out[i] != 0 : out[i] == 0);
   }
-  for (int64_t i = 0; i < row; ++i) good = good && state[row + i] == 0;
+  for (int64_t u = 1; u < users; u += 3) {
+    for (int64_t i = 0; i < row; ++i) good = good && state[u * row + i] == 0;
+  }
   expect(good, "encoder_step, " + std::string(gate ? "gate" : "no gate"), double(conv_width));
 }
 
@@ -176,7 +181,11 @@ int main(int argc, char** argv) {
   drift(argc > 1 ? std::atoll(argv[1]) : 20000);
   threads();
   for (bool gate : {false, true}) {
-    for (int64_t width : {0, 1, 4}) encoder<float>(gate, width), encoder<double>(gate, width);
+    for (int64_t width : {0, 1, 4}) {
+      for (int64_t users : {3, 33}) {
+        encoder<float>(gate, width, users), encoder<double>(gate, width, users);
+      }
+    }
   }
   std::printf("%d failed\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
