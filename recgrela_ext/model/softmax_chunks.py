@@ -14,6 +14,8 @@ from ..ops import LogitBias
 
 _UNDERFLOW = 1e-30  # below it -log(p) of a float32 probability loses digits
 
+_Entries = tuple[Tensor, Tensor, Tensor]  # entries of a bias; row and column of each
+
 
 def default_chunk_rows(n_items: int, device_type: str = "cpu") -> int:
     """Rows of logits held at once: 64 to 256 on the CPU (cache), up to 8192 on a GPU."""
@@ -37,19 +39,20 @@ class Scorer:
         self.classes = table[self.first : self.last].to(dtype)  # [C, hidden]
         self.table_shape = table.shape
 
-    def logits(self, h: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-        """[c, C] of rows h [c, hidden], which are `index` [c] of all."""
+    def logits(self, h: Tensor, entries: _Entries | None, out: Tensor | None = None) -> Tensor:
+        """[c, C] of rows h [c, hidden], to which these `entries` of the bias belong."""
         logits = torch.mm(h, self.classes.t(), out=out)
-        if self.bias is not None:
-            entries, *places = self.entries(index)
-            logits.index_put_(tuple(places), self.bias.values[entries], accumulate=True)
+        if self.bias is not None and entries is not None:
+            which, *places = entries
+            logits.index_put_(tuple(places), self.bias.values[which], accumulate=True)
         if self.masked is not None:
             logits[:, self.masked] = -torch.inf
         return logits
 
-    def entries(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self, index: Tensor) -> _Entries | None:
         """Of the rows `index` [c]: which entries of the bias, and the place of each in [c, C]."""
-        assert self.bias is not None
+        if self.bias is None:
+            return None
         begin, end = self.bias.offsets[index], self.bias.offsets[index + 1]
         counts = end - begin
         row = torch.arange(len(index), device=index.device).repeat_interleave(counts)
@@ -85,7 +88,8 @@ def loss_and_gradients(
         index = rows[start : start + size]
         h = hidden.index_select(0, index).to(dtype)  # [c, hidden]
         y = targets.index_select(0, index) - first  # [c]
-        p = scorer.logits(h, index, out=room[: h.shape[0]])  # [c, C]
+        entries = scorer.entries(index)
+        p = scorer.logits(h, entries, out=room[: h.shape[0]])  # [c, C]
         total += _softmax_in_place(p, h, index, y, scorer)
         if grad_hidden is not None and grad_classes is not None:
             # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
@@ -98,9 +102,9 @@ def loss_and_gradients(
                 grad_rows = (low @ low_classes).to(dtype).div_(num_rows)
                 grad_hidden.index_copy_(0, index, grad_rows)
                 grad_classes += low.t() @ h.to(factors)
-            if grad_bias is not None:
-                entries, row, item = scorer.entries(index)
-                grad_bias[entries] = p[row, item].div_(num_rows)
+            if grad_bias is not None and entries is not None:
+                which, *places = entries
+                grad_bias[which] = p[tuple(places)].div_(num_rows)
     if grad_table is not None:
         grad_table.div_(max(num_rows, 1))
     return (total / max(num_rows, 1)).to(dtype), (grad_hidden, grad_table, grad_bias)
@@ -121,7 +125,7 @@ def _softmax_in_place(
     small = (picked.squeeze(1) < _UNDERFLOW).nonzero().squeeze(1)
     if small.numel() == 0:
         return total
-    exact = scorer.logits(h[small], index[small])
+    exact = scorer.logits(h[small], scorer.entries(index[small]))
     picked[small] = 1.0
     nll = F.cross_entropy(exact, y[small], reduction="sum")
     return nll.double() - picked.log().sum(dtype=torch.float64)

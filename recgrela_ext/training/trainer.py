@@ -387,12 +387,13 @@ def _check_arguments(
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
-    for what, data, kind in (("train", train, Sequences), ("valid", valid, Targets)):
-        if not isinstance(data, kind) and not (data is None and what == "valid"):
-            raise TypeError(f"fit: {what} must be {kind.__name__}, got {shown(data)}")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]
-    for what, data in (("train", train), ("valid", valid)):
-        if data is not None and data.n_items != n_items:
+    for what, data, kind in (("train", train, Sequences), ("valid", valid, Targets)):
+        if what == "valid" and data is None:
+            continue
+        if not isinstance(data, kind):
+            raise TypeError(f"fit: {what} must be {kind.__name__}, got {shown(data)}")
+        if data.n_items != n_items:
             raise ValueError(
                 f"fit: {what} must have the model's n_items={n_items}, got {data.n_items}"
             )
