@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 from tests.trust import records
@@ -119,10 +120,10 @@ def keep(name: str, what: str, start: tuple[float, os.times_result], found: str)
     records.write(records.FOLDER / f"tests-{name}.json", record)
 
 
-def run_check(name: str) -> int:
+def run_check(name: str, seed: int) -> int:
     start = time.monotonic(), os.times()
     what, check = CHECKS[name]
-    keep(name, what, start, check())
+    keep(name, what, start, check(seed))
     return 0
 
 
@@ -141,11 +142,18 @@ def run_tests(word: str) -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--run"]:
-        word = "".join(sys.argv[2:3])
-        return run_check(word) if word in CHECKS else run_tests(word)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare; 1 where they differ")
+    chosen = f"{', '.join(CHECKS)}; or a word of tests' names; without one all of tests/trust"
+    parser.add_argument("--run", nargs="?", const="", metavar="NAME", help=chosen)
+    parser.add_argument("--seed", type=int, default=1, help="of random shapes")
+    options = parser.parse_args()
+    if options.run in CHECKS:
+        return run_check(options.run, options.seed)
+    if options.run is not None:
+        return run_tests(options.run)
     text = page()
-    if "--check" in sys.argv[1:]:
+    if options.check:
         return 0 if text == PAGE.read_text(encoding="utf-8") else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

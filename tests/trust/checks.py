@@ -2,8 +2,8 @@
 
 sanitizers   the C++ tests of kernels and CUDA sources under address and undefined behaviour
 operators    tests/ops, in Python, on a library built with the same two sanitizers
-threads      kernels in threads, random shapes and events, under ThreadSanitizer; torch itself
-             is not built with it, so that tests in Python would report its threads
+threads      kernels in threads, random shapes (`--seed`) and events, under ThreadSanitizer; torch
+             itself is not built with it, so that tests in Python would report its threads
 valgrind     the step's events under valgrind
 streaming    ten million events of one user, two thousand random shapes
 """
@@ -27,14 +27,18 @@ PASSED = r"\d+% tests passed, \d+ tests failed out of \d+"
 def run(*command: str | Path, folder: Path = ROOT, **settings: str) -> str:
     """What the command printed; it must succeed."""
     environment = {**os.environ, "RECGRELA_CUDA": "0", **settings}
-    done = subprocess.run(
+    said = []
+    with subprocess.Popen(
         [str(x) for x in command], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    print(done.stdout[-4000:], flush=True)
+    ) as done:  # fmt: skip
+        assert done.stdout is not None
+        for line in done.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed: {done.returncode}")
-    return done.stdout
+    return "".join(said)
 
 
 def configured(name: str, sanitize: str, *targets: str) -> Path:
@@ -63,27 +67,27 @@ def tests_of(folder: Path, *options: str) -> str:
     return found[0]
 
 
-def sanitizers() -> str:
+def sanitizers(seed: int) -> str:
     return tests_of(configured("sanitize", "ON"))
 
 
-def threads() -> str:
+def threads(seed: int) -> str:
     folder = configured("thread", "thread", "test_shapes", "test_stream")
     said = run(folder / "test_stream", "300", RECGRELA_CPU_LEVEL="baseline")
-    said += run(folder / "test_shapes", "random", "60", "1", RECGRELA_CPU_LEVEL="baseline")
+    said += run(folder / "test_shapes", "random", "60", str(seed), RECGRELA_CPU_LEVEL="baseline")
     return f"{len(re.findall('^ok', said, re.MULTILINE))} comparisons, no report"
 
 
-def valgrind() -> str:
+def valgrind(seed: int) -> str:
     return tests_of(configured("cmake", "OFF"), "-C", "slow", "-R", "valgrind_step")
 
 
-def streaming() -> str:
+def streaming(seed: int) -> str:
     chosen = "stream_ten_million_events|random_shapes"
     return tests_of(configured("cmake", "OFF"), "-C", "slow", "-R", chosen)
 
 
-def operators() -> str:
+def operators(seed: int) -> str:
     place = ROOT / "build" / "sanitized"
     ignored = shutil.ignore_patterns("build", ".*", "*.so")
     shutil.copytree(ROOT, place, ignore=ignored, dirs_exist_ok=True)
@@ -111,7 +115,7 @@ def operators() -> str:
     return text.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
 
 
-CHECKS: dict[str, tuple[str, Callable[[], str]]] = {
+CHECKS: dict[str, tuple[str, Callable[[int], str]]] = {
     "sanitizers": ("C++ tests, CUDA sources on the host: AddressSanitizer, UBSan", sanitizers),
     "operators": ("tests/ops in Python: AddressSanitizer, UBSan", operators),
     "threads": ("kernels in threads: ThreadSanitizer", threads),
