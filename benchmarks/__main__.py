@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, memory_plots, quality, readme
+from benchmarks import dataset_cost, memory, memory_plots, quality, readme
 from benchmarks.records import Record
 
 HELP = """Speed and memory of recgrela_ext beside what else there is.
@@ -27,6 +27,8 @@ HELP = """Speed and memory of recgrela_ext beside what else there is.
                                                  and peers; writes results/memory.json
     python -m benchmarks memory --part latency   its times alone: they need a quiet machine
     python -m benchmarks plots                   README's pictures, from results/memory.json
+    python -m benchmarks dataset-cost            steps, memory and states of data sets as large as
+                                                 the paper's; writes results/dataset-cost.json
     python -m benchmarks data-memory             peak memory of loading ten million events
     python -m benchmarks quality                 a queue of training runs, ranked on one test
     python -m benchmarks readme                  README's tables, from the results files
@@ -70,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     cuda.set_defaults(run=_cuda)
     memory.add_options(commands.add_parser("memory", help="what a new event costs and keeps"))
     memory_plots.add_options(commands.add_parser("plots", help="README's pictures of it"))
+    costs = commands.add_parser("dataset-cost", help="what the paper's large sets would cost")
+    dataset_cost.add_options(costs)
     loading = commands.add_parser("data-memory", help="loading and splitting ten million events")
     loading.add_argument("--events", type=int, default=10_000_000)
     loading.add_argument("--out", type=Path, default=readme.RESULTS / "data-memory.json")

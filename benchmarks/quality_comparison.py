@@ -4,7 +4,8 @@ A queue of counting models alone becomes one table with a line per test. A queue
 "comparison" becomes a table per test: per row the setting that is best on validation, with all its
 seeds, and the difference of the first row of ours less the others. One with the table "screen"
 becomes a list of settings and what they reached on validation; no test figure is shown there, so
-that none is chosen by it.
+that none is chosen by it. One with the table "settings" holds trials for other queues, and becomes
+a list of what they chose.
 """
 
 from __future__ import annotations
@@ -89,13 +90,26 @@ def section(queues: Path, results: Path) -> str:
     trained = [part for queue in read if not _counts(queue) for part in comparison(queue, results)]
     if not trained:
         return "\n\n".join([*counted, NONE_YET])
-    return "\n\n".join([*counted, PROTOCOL, *trained])
+    return "\n\n".join([*counted, PROTOCOL, *trained, *_not_run_here(read, results)])
+
+
+def _not_run_here(queues: list[Queue], results: Path) -> list[str]:
+    """A sentence about the tests on which no model was trained."""
+    missing = [
+        f"{queue.title} ({test})"
+        for queue in queues
+        if not _counts(queue)
+        for test, rows in _by_test(queue).items()
+        if all(row.model in COUNTING for row in rows if row.chosen_runs(results))
+    ]
+    return [f"Not run here: {'; '.join(missing)}."] if missing else []
 
 
 def page(queues: Path, results: Path) -> str:
     """The page beside the results: all of README's tables, and the screens."""
-    screens = [part for queue in _read(queues) if queue.table == "screen"
-               for part in screen(queue, results)]  # fmt: skip
+    makers = {"screen": screen, "settings": settings}
+    screens = [part for queue in _read(queues) if queue.table in makers
+               for part in makers[queue.table](queue, results)]  # fmt: skip
     parts = [
         "# Results of the quality queues",
         f"Written by `{COMMAND}`.",
@@ -111,7 +125,7 @@ def _read(queues: Path) -> list[Queue]:
 
 
 def _counts(queue: Queue) -> bool:
-    return all(row.trials[0].model in COUNTING for row in queue.rows)
+    return all(row.model in COUNTING for row in queue.rows)
 
 
 def counting(queue: Queue, results: Path) -> list[str]:
@@ -121,7 +135,7 @@ def counting(queue: Queue, results: Path) -> list[str]:
     for rows in _by_test(queue).values():
         found = {row.label: row.trials[0].result(results) for row in rows}
         if None not in found.values():
-            cells = [_where(rows[0].trials[0], found[rows[0].label])]
+            cells = [_where(rows[0].shown, found[rows[0].label])]
             for model in models:
                 mean = found[model]["mean"]
                 cells.append(" / ".join(f"{mean[f'{view}/ndcg@10']:.4f}" for view in VIEWS))
@@ -148,13 +162,13 @@ def comparison(queue: Queue, results: Path) -> list[str]:
 def _by_test(queue: Queue) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in queue.rows:
-        found.setdefault(row.trials[0].test, []).append(row)
+        found.setdefault(row.shown.test, []).append(row)
     return found
 
 
 def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) -> str:
     lines = [
-        _heading(queue, rows[0].trials[0], done[0].results[0]),
+        _heading(queue, rows[0].shown, done[0].results[0]),
         "",
         "| | trials | seeds | NDCG@10 | first less this | | p | NDCG@10, unseen | first less this "
         "| | p |",
@@ -177,7 +191,7 @@ def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) ->
 
 
 def _heading(queue: Queue, run: Run, result: dict[str, Any]) -> str:
-    return f"**{queue.title}**: {_where(run, result)}, sha256 `{run.target_sha256[:12]}`"
+    return f"**{queue.title}**: {_where(run, result)}, sha256 `{result['target_sha256'][:12]}`"
 
 
 def _where(run: Run, result: dict[str, Any]) -> str:
@@ -218,21 +232,43 @@ def _difference(found: Difference | None) -> list[str]:
 
 def screen(queue: Queue, results: Path) -> list[str]:
     """One table: settings in the queue's order, each seed's figures averaged; validation alone."""
-    lines = [
-        "| | seeds | epochs | loss | NDCG@10 | NDCG@10, unseen | processor minutes |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in queue.rows:
         found = [r for run in row.trials if (r := run.result(results)) is not None]
         if found:
-            lines.append(f"| {' | '.join([row.label, *_screened(found)])} |")
-    if len(lines) == 2:
+            lines.append([row.label, *_screened(found)])
+    names = "seeds | epochs | loss | NDCG@10 | NDCG@10, unseen | processor minutes"
+    return _of_validation(queue, results, names, lines)
+
+
+def settings(queue: Queue, results: Path) -> list[str]:
+    """One table: per row the setting its trials chose; validation alone."""
+    lines = []
+    for row in queue.rows:
+        best = row.chosen(results)
+        if best is not None:
+            found = best.result(results)
+            assert found is not None
+            done = sum(run.result(results) is not None for run in row.trials)
+            values = (name.rpartition(".")[2] + f" {best.value(name)}" for name in row.grid)
+            lines.append([row.label, f"{done}/{len(row.trials)}", ", ".join(values),
+                          *_screened([found])])  # fmt: skip
+    names = ("trials | chosen | seeds | epochs | loss | NDCG@10 | NDCG@10, unseen | "
+             "processor minutes")  # fmt: skip
+    return _of_validation(queue, results, names, lines)
+
+
+def _of_validation(queue: Queue, results: Path, names: str, lines: list[list[str]]) -> list[str]:
+    """The table, where it has a line."""
+    if not lines:
         return []
-    run = queue.rows[0].trials[0]
+    run = queue.rows[0].shown
     left = sum(one.result(results) is None for row in queue.rows for one in row.trials)
     heading = f"**{queue.title}**: {run.data}, order `{run.order}`, figures of validation"
     tail = f"{left} runs of this table have not been made." if left else ""
-    return ["\n".join([heading, "", *lines, *(["", tail] if tail else [])])]
+    head = [f"| | {names} |", "|---" * (names.count("|") + 2) + "|"]
+    body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return ["\n".join([heading, "", *head, *body, *(["", tail] if tail else [])])]
 
 
 def _screened(found: list[dict[str, Any]]) -> list[str]:

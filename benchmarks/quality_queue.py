@@ -2,16 +2,19 @@
 
 A queue (benchmarks/queues/*.json) is
 
-    {"title": str, "table": "comparison" | "screen", "note": str,
+    {"title": str, "table": "comparison" | "screen" | "settings", "note": str,
      "targets": {data: {order: sha256}}, "defaults": {...}, "runs": [{...}, ...]}
 
 and each of its runs, over the defaults, has the fields of `FIELDS`. `grid` maps names such as
 "train.lr" or "config.dropout" to the values to try, all with all, each with every one of `seeds`;
 the setting that is best on validation, by the metric the training is selected by, is then run with
 `then_seeds` too. With `final_limits` the trials are short ones, under `limits`, and the setting
-chosen by them is run with all seeds under `final_limits`; the table shows these runs. Models that
-only count have no grid and one seed, and take nothing but their own `config`. A global split by
-time has its targets under the order's name and "-time".
+chosen by them is run with all seeds under `final_limits`; the table shows these runs. With
+"settings": "other.json" beside `defaults` the trials are those of the other queue's rows of the
+same labels, perhaps on another order, and this queue's runs add what they chose to their own
+`config` and `train`. Models that only count have no grid and one seed, and take nothing but their
+own `config`. A global split by time has its targets under the order's name and "-time"; null stands
+for whatever targets the user's own copy of the data has.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ COUNTING = ("Popularity", "Markov", "ItemKNN")
 FIELDS = {"label", "model", "data", "order", "split", "config", "train", "limits", "grid", "seeds",
           "then_seeds", "final_limits"}  # fmt: skip
 SPLITS = ("leave_one_out", "time")
-TABLES = ("comparison", "screen")
+TABLES = ("comparison", "screen", "settings")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Run:
     config: dict[str, Any]
     train: dict[str, Any]
     limits: dict[str, Any]
-    target_sha256: str
+    target_sha256: str  # empty: any
     label: str = ""
 
     @property
@@ -61,6 +64,11 @@ class Run:
     def name(self) -> str:
         return f"{self.test}-{self.model.lower()}-{self.setting}-s{self.seed}"
 
+    def value(self, name: str) -> Any:
+        """Of a field such as train.lr."""
+        part, _, field = name.partition(".")
+        return getattr(self, part)[field]
+
     def result(self, results: Path) -> dict[str, Any] | None:
         """What came of it; None when it has not been run."""
         path = results / f"{self.name}.json"
@@ -69,12 +77,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its trials (settings x seeds), and what the best of them is run with."""
+    """One row of a table: its trials (settings x seeds), and what the best of them is run as."""
 
     label: str
     trials: list[Run]
+    grid: tuple[str, ...]  # what differs between the trials, such as train.lr
     then_seeds: list[int]
-    final_limits: dict[str, Any] | None = None
+    final: list[Run] | None = None  # a run per seed, before the chosen setting is filled in
+
+    @property
+    def shown(self) -> Run:
+        """One of the runs that the table is about, perhaps without its setting."""
+        return (self.final or self.trials)[0]
+
+    @property
+    def model(self) -> str:
+        return self.trials[0].model
 
     @property
     def metric(self) -> str:
@@ -105,31 +123,39 @@ class Row:
     def runs(self, results: Path) -> Iterator[Run]:
         """The trials; after the last of them is done, the final runs of the chosen setting."""
         yield from self.trials
-        if all(run.result(results) is not None for run in self.trials):
-            yield from self._final_runs(results)
+        yield from self._final_runs(results)
 
     def chosen_runs(self, results: Path) -> list[Run]:
         """Of the chosen setting, every run that is done and that the table is about."""
         best = self.chosen(results)
         if best is None:
             return []
-        mine = [] if self.final_limits else [t for t in self.trials if t.setting == best.setting]
-        if all(run.result(results) is not None for run in self.trials):
-            mine += self._final_runs(results)
+        mine = [] if self.final else [t for t in self.trials if t.setting == best.setting]
+        mine += self._final_runs(results)
         return [run for run in mine if run.result(results) is not None]
 
     def final_count(self) -> int:
         """How many runs follow the trials."""
-        first = len({run.seed for run in self.trials}) if self.final_limits else 0
-        return first + len(self.then_seeds)
+        return len(self.final or self.then_seeds)
 
     def _final_runs(self, results: Path) -> list[Run]:
+        """None before all trials are done."""
+        if any(run.result(results) is None for run in self.trials):
+            return []
         best = self.chosen(results)
         assert best is not None
-        if not self.final_limits:
+        if not self.final:
             return [replace(best, seed=seed) for seed in self.then_seeds]
-        seeds = [*dict.fromkeys(run.seed for run in self.trials), *self.then_seeds]
-        return [replace(best, seed=seed, limits=self.final_limits) for seed in seeds]
+        return [_with_fields_of(best, run, self.grid) for run in self.final]
+
+
+def _with_fields_of(best: Run, run: Run, names: tuple[str, ...]) -> Run:
+    """`run` with what `best` has in these fields."""
+    changed: dict[str, dict[str, Any]] = {}
+    for name in names:
+        part, _, field = name.partition(".")
+        changed.setdefault(part, dict(getattr(run, part)))[field] = best.value(name)
+    return replace(run, **changed)
 
 
 @dataclass(frozen=True)
@@ -162,6 +188,9 @@ def read_queue(path: Path) -> Queue:
     need(isinstance(queue, dict) and {"targets", "runs"} <= queue.keys(), "hold targets and runs")
     table = queue.get("table", "comparison")
     need(table in TABLES, f"have a table out of {', '.join(TABLES)}, got {table}")
+    settings: dict[str, Row] = {}
+    if "settings" in queue:
+        settings = {row.label: row for row in read_queue(path.parent / queue["settings"]).rows}
     rows = []
     for number, given in enumerate(queue["runs"], start=1):
         entry = _merged(queue.get("defaults", {}), given)
@@ -175,12 +204,22 @@ def read_queue(path: Path) -> Queue:
         split = entry.get("split", "leave_one_out")
         need(split in SPLITS, f"name a split out of {', '.join(SPLITS)} in run {number}")
         order = entry["order"] + ("-time" if split == "time" else "")
-        sha256 = queue["targets"].get(entry["data"], {}).get(order)
-        need(sha256, f"give the targets' sha256 of {entry['data']}, order {order}")
+        known = queue["targets"].get(entry["data"], {})
+        need(order in known, f"give the targets' sha256 of {entry['data']}, order {order}")
+        sha256 = known[order] or ""
         for name in entry.get("grid", {}):
             part, _, field = name.partition(".")
             need(part in ("config", "train", "limits") and field, f"vary config.x, got {name}")
-        rows.append(_row(entry, split, sha256))
+        row = _row(entry, split, sha256)
+        if settings and row.model not in COUNTING:
+            source = queue["settings"]
+            need(row.label in settings, f"have a row of {source} for run {number}")
+            need(not entry.get("grid"), f"leave the grid of run {number} to {source}")
+            need(not entry.get("final_limits"), f"give the limits of run {number} as limits")
+            seeds = [*entry["seeds"], *row.then_seeds]
+            final = [replace(row.shown, seed=seed) for seed in seeds]
+            row = replace(settings[row.label], then_seeds=[], final=final)
+        rows.append(row)
     names = [run.name for row in rows for run in row.trials]
     need(len(set(names)) == len(names), "hold no run twice")
     return Queue(queue.get("title", path.stem), table, rows, queue.get("note", ""))
@@ -208,4 +247,8 @@ def _row(entry: dict[str, Any], split: str, sha256: str) -> Row:
                 Run(model, entry["data"], entry["order"], split, seed, **chosen,
                     target_sha256=sha256, label=label)
             )  # fmt: skip
-    return Row(label, trials, entry.get("then_seeds", []), entry.get("final_limits"))
+    then_seeds, final = entry.get("then_seeds", []), None
+    if entry.get("final_limits"):
+        long = replace(trials[0], limits=entry["final_limits"])
+        final = [replace(long, seed=seed) for seed in [*entry["seeds"], *then_seeds]]
+    return Row(label, trials, tuple(grid), then_seeds, final)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import (
+    dataset_cost,
     memory_tables,
     quality_comparison,
     quality_tables,
@@ -51,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     pages = {options.readme: readme}
     quality = options.results / "quality"
     if quality.is_dir():
-        pages[quality / "README.md"] = quality_comparison.page(QUEUES, quality)
+        parts = [quality_comparison.page(QUEUES, quality), dataset_cost.section(options.results)]
+        pages[quality / "README.md"] = "\n".join(filter(None, parts))
     old = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
     changed = [page for page, text in pages.items() if text != old[page]]
     for page in changed:

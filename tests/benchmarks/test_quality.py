@@ -118,6 +118,42 @@ def test_short_trials_and_long_runs_of_the_best(folder: Path) -> None:
     }
 
 
+def test_trials_of_another_queue(folder: Path) -> None:
+    """The setting is found on one order; the runs of the other have it, and their own limits."""
+    queue = json.loads((folder / "queue.json").read_text())
+    log = Interactions.from_file(folder / "data" / "walks", order="hash", progress=False)
+    queue["targets"]["walks"]["hash"] = log.leave_one_out()[2].target_sha256
+    counting, ours = queue["runs"][:2], queue["runs"][2]
+    settings = queue | {"table": "settings", "runs": [ours | {"then_seeds": []}]}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    more = {"order": "hash", "seeds": [0, 1], "limits": {"epochs": 2}}
+    mine = {name: ours[name] for name in ("model", "label", "data", "config")}
+    mine["config"] = mine["config"] | {"num_heads": 2}
+    runs = [run | {"order": "hash"} for run in counting] + [mine | more]
+    content = queue | {"settings": "settings.json", "runs": runs}
+    (folder / "queue.json").write_text(json.dumps(content))
+    assert command(folder) == 0
+    found = [json.loads(path.read_text()) for path in folder.glob("results/*recgrela*.json")]
+    trials, final = ([one for one in found if one["order"] == o] for o in ("file", "hash"))
+    best = max(trials, key=lambda one: one["valid"]["seen_included/ndcg@10"])
+    assert len(trials) == 2
+    assert sorted(one["seeds"] for one in final) == [[0], [1]]
+    assert all(one["config"] == best["config"] | {"num_heads": 2} for one in final)
+    assert all(one["epochs"] == 2 for one in final)
+    text = quality_comparison.page(folder, folder / "results")
+    assert "| ours | 2/2 | 2 |" in text
+    assert f"| ours | 2/2 | dropout {best['config']['dropout']} | 1 |" in text
+    for change, message in (
+        ({"label": "others"}, "have a row of settings.json for run 3"),
+        ({"grid": {"train.lr": [0.1]}}, "leave the grid of run 3 to settings.json"),
+        ({"final_limits": {"epochs": 3}}, "give the limits of run 3 as limits"),
+    ):
+        content["runs"] = [*runs[:2], mine | more | change]
+        (folder / "queue.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match=message):
+            read_queue(folder / "queue.json")
+
+
 def test_counting_models_share_a_table(folder: Path) -> None:
     queue = json.loads((folder / "queue.json").read_text())
     queue["runs"] = queue["runs"][:2]
