@@ -95,13 +95,15 @@ def section(queues: Path, results: Path) -> str:
 
 def _not_run_here(queues: list[Queue], results: Path) -> list[str]:
     """A sentence about the tests on which no model was trained."""
-    missing = [
-        f"{queue.title} ({test})"
-        for queue in queues
-        if not _counts(queue)
-        for test, rows in _by_test(queue).items()
-        if all(row.model in COUNTING for row in rows if row.chosen_runs(results))
-    ]
+    missing = []
+    for queue in queues:
+        tests = [
+            test
+            for test, rows in _by_test(queue).items()
+            if all(row.model in COUNTING for row in rows if row.chosen_runs(results))
+        ]
+        if tests and not _counts(queue):
+            missing.append(f"{queue.title} ({', '.join(tests)})")
     return [f"Not run here: {'; '.join(missing)}."] if missing else []
 
 
