@@ -1,4 +1,5 @@
-"""`python -m benchmarks plots`: README's log-log pictures of results/memory.json.
+"""`python -m benchmarks plots`: README's log-log pictures of results/memory.json, and those of
+quality_plots.py.
 
 Needs the extra `plot`.
 """
@@ -9,7 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality_plots
 from benchmarks.machine import ROOT
+from benchmarks.quality import QUEUES
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ("sasrec-window", "sasrec-whole", "sasrec-cache", "gru4rec", "lrurec", "mamba", "published",
@@ -33,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         path = (options.out or options.results) / name
         draw(Figures(content), path)
         print(path)
+    quality = options.results / "quality"
+    if quality.is_dir():
+        print(quality_plots.draw(QUEUES, quality, options.out or quality) or "no quality to draw")
     return 0
 
 

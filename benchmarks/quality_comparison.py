@@ -36,6 +36,7 @@ One change of the recipe at a time, judged on validation; no test figure is show
 chosen by it. One seed each: a change is believed after two. Loss is that of the last epoch's
 training and is comparable between rows of the same loss alone."""
 COMMAND = "python -m benchmarks readme"
+CURVES = "curves.png"  # of quality_plots.py
 
 
 class Setting:
@@ -85,7 +86,7 @@ def compare(ours: Setting, others: list[Setting], view: str) -> list[Difference]
 
 def section(queues: Path, results: Path) -> str:
     """Markdown for README: counting models on every test, and comparisons with a trained one."""
-    read = [queue for queue in _read(queues) if queue.table == "comparison"]
+    read = [queue for queue in read_queues(queues) if queue.table == "comparison"]
     counted = [part for queue in read if _counts(queue) for part in counting(queue, results)]
     trained = [part for queue in read if not _counts(queue) for part in comparison(queue, results)]
     if not trained:
@@ -110,19 +111,21 @@ def _not_run_here(queues: list[Queue], results: Path) -> list[str]:
 def page(queues: Path, results: Path) -> str:
     """The page beside the results: all of README's tables, and the screens."""
     makers = {"screen": screen, "settings": settings}
-    screens = [part for queue in _read(queues) if queue.table in makers
+    screens = [part for queue in read_queues(queues) if queue.table in makers
                for part in makers[queue.table](queue, results)]  # fmt: skip
     parts = [
         "# Results of the quality queues",
         f"Written by `{COMMAND}`.",
         section(queues, results),
     ]
+    if (results / CURVES).exists():
+        parts.append(f"![NDCG@10 on validation over the processor time of training]({CURVES})")
     if screens:
         parts += ["## Screens", SCREENS, *screens]
     return "\n\n".join(parts) + "\n"
 
 
-def _read(queues: Path) -> list[Queue]:
+def read_queues(queues: Path) -> list[Queue]:
     return [read_queue(path) for path in sorted(queues.glob("*.json"))]
 
 

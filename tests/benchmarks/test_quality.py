@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality, quality_comparison
+from benchmarks import quality, quality_comparison, quality_plots
 from benchmarks.__main__ import main
 from benchmarks.item_knn import ItemKNN
 from benchmarks.quality import QUEUES
@@ -180,6 +180,28 @@ def test_a_screen_shows_validation_alone(folder: Path) -> None:
     assert f"{test:.4f}" not in table.replace(
         f"{found[0]['valid']['seen_included/ndcg@10']:.4f}", ""
     )
+
+
+def test_curves_of_two_models(folder: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    queue = json.loads((folder / "queue.json").read_text())
+    other = {"model": "SASRec", "label": "theirs", "config": {"layers": 1, "inner": 8}}
+    queue["runs"].append({**queue["runs"][2], **other, "grid": {}})
+    (folder / "queue.json").write_text(json.dumps(queue))
+    results = folder / "results"
+    assert quality_plots.draw(folder, results, folder) is None
+    assert command(folder) == 0
+    found = quality_plots.curves(folder, results)
+    (rows,) = found.values()
+    assert {label: len(lines) for label, lines in rows.items()} == {"ours": 2, "theirs": 2}
+    one = json.loads(next(results.glob("*sasrec*-s0.json")).read_text())
+    minutes, value = rows["theirs"][0][-1]
+    assert minutes == one["curve"][-1]["cpu_seconds"] / 60
+    assert value == one["curve"][-1]["seen_included/ndcg@10"]
+    picture = quality_plots.draw(folder, results, results)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"]({picture.name})" in quality_comparison.page(folder, results)
 
 
 def test_a_run_that_was_killed_goes_on(folder: Path) -> None:
