@@ -2,6 +2,7 @@
 
     python -m benchmarks quality --data DIR --work DIR            # what the queue still lacks
     python -m benchmarks quality --list                           # what there is and what is left
+    python -m benchmarks quality --only NAME --again DIR          # a run that is done, once more
 
 What a queue holds: see benchmarks/quality_queue.py. Every run trains on the training part, is
 selected on validation and ranks validation and test with the same code. Its result goes to
@@ -52,6 +53,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality",
                         help="folder of checkpoints, resumed from")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--again", type=Path, metavar="FOLDER",
+                        help="train what --results has once more, into this folder")  # fmt: skip
     parser.add_argument("--only", metavar="TEXT", default="",
                         help="runs whose names or labels hold this")  # fmt: skip
     parser.add_argument("--minutes", type=float, help="begin no further run after these")
@@ -62,6 +65,9 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Does what is missing, one run after the other; 1 when one of them failed."""
     queue = read_queue(options.queue)
+    options.known = options.results
+    if options.again is not None:
+        options.results = options.again
     if options.list:
         for one in _named(queue, options):
             done = one.result(options.results)
@@ -70,14 +76,31 @@ def run(options: Namespace) -> int:
         return 0
     if options.data is None or not Path(options.data).is_dir():
         raise SystemExit("quality: --data (or RECGRELA_DATA) must name the folder of the logs")
+    if options.again is not None and not _named(queue, options):
+        raise SystemExit(f"quality: no run that is done has {options.only!r} in name or label")
     options.work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run's process ends too
-    return _work_off(queue, options)
+    code = _work_off(queue, options)
+    if options.again is not None:
+        _compare(_named(queue, options), options)
+    return code
 
 
 def _named(queue: Queue, options: Namespace) -> list[Run]:
-    runs = queue.runs(options.results)
+    runs = queue.runs(options.known)
+    if options.again is not None:
+        runs = [one for one in runs if one.result(options.known) is not None]
     return [one for one in runs if options.only in one.name or options.only in one.label]
+
+
+def _compare(runs: list[Run], options: Namespace) -> None:
+    """NDCG@10 of test then and now."""
+    for one in runs:
+        results = one.result(options.known), one.result(options.again)
+        if results[0] is not None and results[1] is not None:
+            for view in ("seen_included", "seen_excluded"):
+                then, now = (found["mean"][f"{view}/ndcg@10"] for found in results if found)
+                print(f"{one.name}  {view}/ndcg@10: {now:.4f}, was {then:.4f}")
 
 
 def _work_off(queue: Queue, options: Namespace) -> int:

@@ -47,6 +47,7 @@ class Setting:
         found = [run.result(results) for run in runs]
         self.results: list[dict[str, Any]] = [result for result in found if result is not None]
         self.model = runs[0].model
+        self.names = [run.name for run in runs]
         self.done = sum(run.result(results) is not None for run in row.trials)
         self.ndcg = {view: [] for view in VIEWS}
         for run in runs:

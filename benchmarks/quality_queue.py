@@ -162,6 +162,7 @@ def _with_fields_of(best: Run, run: Run, names: tuple[str, ...]) -> Run:
 class Queue:
     """The rows of one table per test, in their order."""
 
+    name: str  # of its file
     title: str
     table: str
     rows: list[Row]
@@ -222,7 +223,7 @@ def read_queue(path: Path) -> Queue:
         rows.append(row)
     names = [run.name for row in rows for run in row.trials]
     need(len(set(names)) == len(names), "hold no run twice")
-    return Queue(queue.get("title", path.stem), table, rows, queue.get("note", ""))
+    return Queue(path.stem, queue.get("title", path.stem), table, rows, queue.get("note", ""))
 
 
 def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Writes the measured parts of README.md, between their markers, from benchmarks/results, and the
-page of all quality queues beside their results.
+"""Writes the measured parts of README.md, between their markers, from benchmarks/results, the page
+of all quality queues beside their results, and the model card.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import (
     dataset_cost,
     memory_tables,
+    model_card,
     quality_comparison,
     quality_tables,
     speed_tables,
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--card", type=Path, default=ROOT / "docs" / "model-card.md")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 when out of date")
 
 
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if quality.is_dir():
         parts = [quality_comparison.page(QUEUES, quality), dataset_cost.section(options.results)]
         pages[quality / "README.md"] = "\n".join(filter(None, parts))
+        pages[options.card] = model_card.page(QUEUES, quality, COMMAND)
     old = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
     changed = [page for page, text in pages.items() if text != old[page]]
     for page in changed:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality, quality_comparison, quality_plots
+from benchmarks import model_card, quality, quality_comparison, quality_plots
 from benchmarks.__main__ import main
 from benchmarks.item_knn import ItemKNN
 from benchmarks.quality import QUEUES
@@ -180,6 +180,25 @@ def test_a_screen_shows_validation_alone(folder: Path) -> None:
     assert f"{test:.4f}" not in table.replace(
         f"{found[0]['valid']['seen_included/ndcg@10']:.4f}", ""
     )
+
+
+def test_a_done_run_once_more(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also one that only the results of its trials can name; the same seed, the same figures."""
+    assert command(folder, "--only", "recgrela") == 0
+    more = next(folder.glob("results/*recgrela*-s1.json"))
+    capfd.readouterr()
+    assert command(folder, "--only", more.stem, "--again", str(folder / "new")) == 0
+    again = json.loads((folder / "new" / more.name).read_text())
+    assert again["mean"] == json.loads(more.read_text())["mean"]
+    value = again["mean"]["seen_included/ndcg@10"]
+    told = f"{more.stem}  seen_included/ndcg@10: {value:.4f}, was {value:.4f}"
+    assert told in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="no run that is done has 'markov' in name or label"):
+        command(folder, "--only", "markov", "--again", str(folder / "new"))
+    card = model_card.page(folder, folder / "results", "the command")
+    assert f"queues/queue.json --data DIR --again NEW --only {more.stem[:-1]}" in card
+    assert "| 2 | " in card
+    assert "`the command`" in card
 
 
 def test_curves_of_two_models(folder: Path) -> None:
