@@ -32,11 +32,12 @@ class Scorer:
     ) -> None:
         n_items = table.shape[0]
         self.bias = None if bias is None else bias._replace(values=bias.values.to(dtype))
-        # A bias names items, so that every item keeps its place and an excluded one is masked.
-        whole = bias is not None
-        self.first, self.last = (0, n_items) if whole else class_range(n_items, excluded)
+        self.first, self.last = class_range(n_items, excluded)
         self.masked = excluded if self.last - self.first == n_items else None
         self.classes = table[self.first : self.last].to(dtype)  # [C, hidden]
+        if self.masked is not None:  # it may hold what is not finite
+            self.classes = self.classes.clone()
+            self.classes[self.masked] = 0.0
         self.table_shape = table.shape
 
     def logits(self, h: Tensor, entries: _Entries | None, out: Tensor | None = None) -> Tensor:
@@ -58,7 +59,9 @@ class Scorer:
         row = torch.arange(len(index), device=index.device).repeat_interleave(counts)
         before = (begin - (counts.cumsum(0) - counts)).repeat_interleave(counts)
         entries = before + torch.arange(len(before), device=index.device)
-        return entries, row, self.bias.items[entries]
+        place = self.bias.items[entries] - self.first
+        kept = (place >= 0) & (place < len(self.classes))  # an excluded item is no class
+        return entries[kept], row[kept], place[kept]
 
 
 def loss_and_gradients(
@@ -94,6 +97,8 @@ def loss_and_gradients(
         if grad_hidden is not None and grad_classes is not None:
             # d loss / d logits = (p - onehot(y)) / num_rows; the division comes last: less to do
             p.scatter_add_(1, y[:, None], p.new_full((), -1.0).expand(len(y), 1))
+            if scorer.masked is not None:
+                p[:, scorer.masked] = 0.0  # also in a row that is not finite
             if factors is None:
                 grad_hidden.index_copy_(0, index, (p @ classes).div_(num_rows))
                 grad_classes.addmm_(p.t(), h)
@@ -107,6 +112,8 @@ def loss_and_gradients(
                 grad_bias[which] = p[tuple(places)].div_(num_rows)
     if grad_table is not None:
         grad_table.div_(max(num_rows, 1))
+        if scorer.masked is not None:
+            grad_table[scorer.masked] = 0.0
     return (total / max(num_rows, 1)).to(dtype), (grad_hidden, grad_table, grad_bias)
 
 

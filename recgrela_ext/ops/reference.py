@@ -407,6 +407,8 @@ def softmax_loss(
     """
     kept = targets != ignore_index
     h, y = hidden[kept], targets[kept]
+    excluded = torch.tensor([ignore_index] if exclude else [], dtype=y.dtype, device=y.device)
+    table = table.index_fill(0, excluded, 0.0)  # it may hold anything
     scores = h @ table.t()  # [R, N]
     if bias is not None:
         counts = bias.offsets.diff()
@@ -414,8 +416,7 @@ def softmax_loss(
         ours = kept.repeat_interleave(counts).nonzero().squeeze(1)
         places = row[ours], bias.items[ours]
         scores = scores.index_put(places, bias.values[ours], accumulate=True)
-    if exclude:
-        scores = scores.index_fill(1, torch.tensor([ignore_index], device=y.device), -torch.inf)
+    scores = scores.index_fill(1, excluded, -torch.inf)
     count = max(h.shape[0], 1)
     loss = -torch.log_softmax(scores, 1).gather(1, y[:, None]).sum() / count
     if not gradients:
@@ -423,12 +424,14 @@ def softmax_loss(
     own = torch.arange(len(y), device=y.device), y
     minus = scores.new_full((), -1.0)
     share = torch.softmax(scores, 1).index_put(own, minus, accumulate=True) / count
+    share = share.index_fill(1, excluded, 0.0)  # also of a row whose softmax is not finite
     grad_hidden = torch.zeros_like(hidden)
     grad_hidden[kept] = share @ table
     grad_bias = hidden.new_zeros(0 if bias is None else len(bias.values))
     if bias is not None:
         grad_bias[ours] = share[places]
-    return loss, grad_hidden, share.t() @ h, grad_bias
+    grad_table = (share.t() @ h).index_fill(0, excluded, 0.0)
+    return loss, grad_hidden, grad_table, grad_bias
 
 
 def gelu_curvature(x: Tensor) -> Tensor:

@@ -56,12 +56,17 @@ def softmax_loss(
         return reference.softmax_loss(
             hidden, table, targets, ignore_index, exclude, gradients, bias
         )
+    middle = exclude and 0 < ignore_index < len(table) - 1
+    if middle:  # the kernel takes it for a class of probability 0; it may hold what is not finite
+        table = table.index_fill(0, torch.tensor([ignore_index], device=table.device), 0.0)
     tensors = hidden.contiguous(), table.contiguous(), targets.contiguous()
     operator = torch.ops.recgrela.softmax_loss
     added = (None,) * 3 if bias is None else [x.contiguous() for x in bias]
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _library.call(
         operator, *tensors, ignore_index, exclude, gradients, *added
     )
+    if middle and gradients:
+        found[2][ignore_index] = 0.0  # also where a row's loss is not finite
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recgrela_ext import _library, ops
+from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.ops import reference
 from tests.ops.bad_inputs import raw
 from tests.tolerance import assert_same_bits
@@ -192,6 +193,41 @@ def test_what_is_not_finite_shows(value: float) -> None:
     table[0] = value  # no class
     for x in ops.softmax_loss(hidden, table, targets):
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("ignore_index", [0, 3, 6])
+@pytest.mark.parametrize("way", ["ops", "reference", "chunks", "no kernel"])
+def test_an_excluded_row_is_no_class(
+    monkeypatch: pytest.MonkeyPatch, way: str, ignore_index: int, biased: bool
+) -> None:
+    """What it holds shows nowhere, and its gradient is 0 even where a row's loss is not finite."""
+    hidden, table, targets = make_case(70, 7, 16, torch.float64, ignore_index)
+    targets[6] = 1
+    offsets, items, values = make_bias(70, 7, targets, torch.float64)
+    items[:2] = ignore_index
+    bias = ops.LogitBias(offsets, items, values) if biased else None
+    if way == "no kernel":
+        monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
+
+    def run() -> tuple[Tensor, ...]:
+        if way == "chunks":
+            given = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+            loss = softmax_loss(*given, targets, ignore_index, method="chunked", bias=bias)
+            return loss.detach(), *torch.autograd.grad(loss, given)
+        call = reference.softmax_loss if way == "reference" else ops.softmax_loss
+        return call(hidden, table, targets, ignore_index, bias=bias)
+
+    plain = run()
+    table[ignore_index] = torch.nan
+    for found, wanted in zip(run(), plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    hidden[6] = torch.nan
+    loss, by_hidden, by_table, *_ = run()
+    assert loss.isnan()
+    assert by_hidden[6].isnan().all()
+    assert by_table[ignore_index].eq(0).all()
+    assert by_table.isnan().any()
 
 
 @needs_kernels
