@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import dataset_cost
 from benchmarks.__main__ import main
+from benchmarks.memory_quality import PUBLISHED
 
 pytest.importorskip("recgrela_ext._C")
 
@@ -29,6 +30,8 @@ def test_cells_of_a_small_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert window["user"] == 4 * 12  # ids alone
     cache = content["cells"]["small/SASRec"]["serving"]
     assert cache["user"] == 12 * 4 * 2 * 64 * 4  # keys and values of four layers
+    prefixes = content["cells"][f"small/{PUBLISHED}"]["training"]
+    assert prefixes["targets"] == dataset_cost.PREFIXES
     before = out.read_bytes()
     assert main(["dataset-cost", "--out", str(out)]) == 0
     assert out.read_bytes() == before
@@ -37,7 +40,7 @@ def test_cells_of_a_small_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "| small: 1,000 users, 60 items, 12.0 each | RecGRELA |" in table
     steps = 1000 * 11 / 10
     assert f"| {steps * ours['training']['seconds'] / 3600:,.1f} |" in table
-    assert "Quality: not run here." in table
+    assert "their quality is not run here." in table
     assert "Tmall: its size is not stated" in table
     assert dataset_cost.section(tmp_path / "none") == ""
 
