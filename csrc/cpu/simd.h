@@ -47,6 +47,20 @@ RECGRELA_INLINE void keep_in_register(V& x) {
 #endif
 }
 
+RECGRELA_INLINE Vec<float> widen_bytes(const int8_t* from) {
+#if defined(__x86_64__) && RECGRELA_VECTOR_BYTES == 64
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__x86_64__) && RECGRELA_VECTOR_BYTES == 32
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = float(from[i]);
+  return x;
+#endif
+}
+
 // The members of every adjacent pair change places.
 template <class A>
 RECGRELA_INLINE Vec<A> swap_pairs(Vec<A> x) {
@@ -105,6 +119,25 @@ RECGRELA_INLINE void sum_each(const A* rows, A* sums, int64_t n) {
     Vec<A> group[L];
     for (int64_t i = 0; i < L; ++i) group[i] = load_vector(rows + (t + i) * L);
     store_vector(sum_rows<A>(group), sums + t);
+  }
+}
+
+// rows[i][j] and rows[j][i] change places: blocks of kHalf lanes for kHalf = 1, 2, 4, ...
+template <class A, int kHalf, int... I>
+RECGRELA_INLINE void turn_blocks(Vec<A>& x, Vec<A>& y, std::integer_sequence<int, I...>) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> low = __builtin_shufflevector(x, y, (I & kHalf ? I - kHalf + L : I)...);
+  y = __builtin_shufflevector(x, y, (I & kHalf ? I + L : I + kHalf)...);
+  x = low;
+}
+template <class A, int kHalf = 1>
+RECGRELA_INLINE void turn_square(Vec<A>* rows) {
+  if constexpr (kHalf < kLanes<A>) {
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (i & kHalf) continue;
+      turn_blocks<A, kHalf>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<A>>{});
+    }
+    turn_square<A, 2 * kHalf>(rows);
   }
 }
 

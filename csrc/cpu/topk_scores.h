@@ -3,7 +3,8 @@
 // nothing exceeds it, and the scores are never written. Included by every level file.
 //
 // Users lie in the lanes of vectors, kUserVectors of them side by side; kItemRows items are read as
-// scalars. A score is one sum in the order of the width, so it depends on its user and item alone.
+// scalars. Where there are few users items lie in the lanes instead (scan_few). Either way a score
+// is one sum in the order of the width, so it depends on its user and item alone.
 #define RECGRELA_HEAP_INLINE inline
 #include "topk_heap.h"
 #undef RECGRELA_HEAP_INLINE
@@ -14,6 +15,7 @@ constexpr int kRegisterBytes = RECGRELA_VECTOR_BYTES;
 constexpr int kItemRows = kRegisterBytes == 64 ? 12 : 6;
 constexpr int kUserVectors = 2;
 constexpr int kDirectPanels = 2;
+constexpr int kFewUsers = kRegisterBytes == 64 ? 8 : 4;  // at once, beside a square of kLanes items
 template <class A>
 constexpr int kRegisterLanes = kRegisterBytes / sizeof(A);
 template <class A>
@@ -99,6 +101,17 @@ inline bool holds(const int64_t* list, int64_t count, int64_t item) {
   return low < count && list[low] == item;
 }
 
+// What becomes of a score that may exceed its user's limit.
+template <class A>
+RECGRELA_INLINE void keep_score(const TopKParams& p, int64_t user, A& limit, A score, int64_t item,
+                                int64_t part) {
+  if (item == p.padding || !(score > limit)) return;
+  if (p.seen && holds(p.seen + user * p.num_seen, p.num_seen, item)) return;
+  A* best = heap_scores<A>(p, part, user);
+  sift_down(best, heap_items(p, part, user), p.k, 0, score, item);
+  limit = best[0];
+}
+
 // The rare case: some score of a block exceeds its user's limit.
 template <class A>
 RECGRELA_NOINLINE void keep_scores(const TopKParams& p, const UserPanels<A>& users, int64_t panel,
@@ -110,15 +123,8 @@ RECGRELA_NOINLINE void keep_scores(const TopKParams& p, const UserPanels<A>& use
   A* limits = users.limits + panel * kUsers;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t item = list ? list[first + r] : first + r;
-    if (item == p.padding) continue;
     for (int64_t lane = 0; lane < present; ++lane) {
-      const A score = scores[r * kUsers + lane];
-      if (!(score > limits[lane])) continue;
-      const int64_t user = begin + lane;
-      if (p.seen && holds(p.seen + user * p.num_seen, p.num_seen, item)) continue;
-      A* best = heap_scores<A>(p, part, user);
-      sift_down(best, heap_items(p, part, user), p.k, 0, score, item);
-      limits[lane] = best[0];
+      keep_score(p, begin + lane, limits[lane], scores[r * kUsers + lane], item, part);
     }
   }
 }
@@ -185,6 +191,90 @@ void scan_items(const TopKParams& p, const UserPanels<A>& users, const int64_t* 
   }
 }
 
+// kLanes columns of an item; an int8 item is multiplied by its scale.
+template <class A, class S>
+RECGRELA_INLINE Vec<A> item_columns(const S* from, float scale) {
+  if constexpr (sizeof(S) == 1) {
+    return scale * widen_bytes(from);
+  } else {
+    A wide[kLanes<A>];
+    for (int j = 0; j < kLanes<A>; ++j) wide[j] = A(widen(from[j]));
+    return load_vector(wide);
+  }
+}
+
+// Users [user, user + kUsers) against items [begin, end), which lie in the lanes: a square of the
+// table, kLanes items by kLanes columns, is turned in registers.
+template <int kUsers, class A, class S>
+RECGRELA_NOINLINE void scan_few(const TopKParams& p, int64_t user, A* limits, const int64_t* list,
+                                int64_t begin, int64_t end, int64_t part) {
+  constexpr int L = kLanes<A>;
+  constexpr int64_t kAhead = 2 * L;
+  const S* table = static_cast<const S*>(p.table);
+  const A* hidden = static_cast<const A*>(p.hidden) + user * p.width;
+  for (int64_t first = begin; first < end; first += L) {
+    const int64_t count = end - first < L ? end - first : L;
+    const S* rows[L];
+    float scales[L];
+    for (int64_t r = 0; r < L; ++r) {
+      const int64_t place = first + (r < count ? r : count - 1);
+      const int64_t row = list ? list[place] : place;
+      rows[r] = table + row * p.table_stride;
+      scales[r] = p.scale ? p.scale[row] : 1.0f;
+    }
+    Vec<A> sums[kUsers] = {};
+    int64_t c = 0;
+    for (; c + L <= p.width; c += L) {
+      Vec<A> square[L];
+      for (int r = 0; r < L; ++r) {
+        __builtin_prefetch(rows[r] + c + kAhead * p.table_stride);  // the next squares
+        square[r] = item_columns<A>(rows[r] + c, scales[r]);
+      }
+      turn_square<A>(square);
+      for (int j = 0; j < L; ++j) {
+        for (int u = 0; u < kUsers; ++u) sums[u] += square[j] * hidden[u * p.width + c + j];
+      }
+    }
+    for (; c < p.width; ++c) {
+      A column[L];
+      for (int r = 0; r < L; ++r) {
+        if constexpr (sizeof(S) == 1) {
+          column[r] = scales[r] * float(rows[r][c]);
+        } else {
+          column[r] = A(widen(rows[r][c]));
+        }
+      }
+      const Vec<A> items = load_vector(column);
+      for (int u = 0; u < kUsers; ++u) sums[u] += items * hidden[u * p.width + c];
+    }
+    for (int u = 0; u < kUsers; ++u) {
+      if (!any_above<A>(sums[u], splat(limits[u]))) continue;
+      A scores[L];
+      store_vector(sums[u], scores);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t item = list ? list[first + r] : first + r;
+        keep_score(p, user + u, limits[u], scores[r], item, part);
+      }
+    }
+  }
+}
+
+// All users of a group against items [begin, end), by the way that suits their number.
+template <class A, class S>
+void scan(const TopKParams& p, const UserPanels<A>& users, const int64_t* list, int64_t begin,
+          int64_t end, int64_t part, A* block) {
+  const int64_t present = users.last - users.first;
+  if (present > kFewUsers) {
+    pack_users(p, users);
+    scan_items<A, S>(p, users, list, begin, end, part, block);
+    return;
+  }
+  for (int64_t u = 0; u < present; ++u) users.limits[u] = -A(INFINITY);
+  with_constant<kFewUsers>(present, [&](auto few) {
+    scan_few<few(), A, S>(p, users.first, users.limits, list, begin, end, part);
+  });
+}
+
 // A group of users and one part of the items.
 template <class A, class S>
 void score_group(const TopKParams& p, int64_t group, int64_t part) {
@@ -208,16 +298,14 @@ void score_group(const TopKParams& p, int64_t group, int64_t part) {
         UserPanels<A> one = users;
         one.first = user;
         one.last = user + 1;
-        pack_users(p, one);
         const int64_t* list = p.candidates + user * p.candidates_stride;
-        scan_items<A, S>(p, one, list, 0, p.num_items, part, block);
+        scan<A, S>(p, one, list, 0, p.num_items, part, block);
       }
     } else {
       const int64_t share = (p.num_items + p.parts - 1) / p.parts;
       const int64_t begin = part * share;
       const int64_t end = p.num_items - begin < share ? p.num_items : begin + share;
-      pack_users(p, users);
-      scan_items<A, S>(p, users, p.candidates, begin, end, part, block);
+      scan<A, S>(p, users, p.candidates, begin, end, part, block);
     }
   });
 }

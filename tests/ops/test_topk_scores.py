@@ -46,7 +46,7 @@ def test_equals_the_reference_with_ties(
 
 
 @pytest.mark.parametrize("width", [1, 5, 64, 130])
-@pytest.mark.parametrize("users", [1, 15, 33, 700])
+@pytest.mark.parametrize("users", [1, 3, 8, 15, 33, 700])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int8"])
 def test_every_size_and_table(dtype: str, users: int, width: int) -> None:
     """Blocks and panels that are full, partly full and of one element."""
@@ -86,7 +86,7 @@ def test_real_scores_are_close_and_the_same_for_any_threads_and_batch() -> None:
     exact = (hidden.double() @ table.double().t()).gather(1, items)
     assert (scores - exact).abs().max() <= 1e-4
     torch.set_num_threads(1)
-    for part in (slice(0, 600), slice(40, 41), slice(7, 300)):
+    for part in (slice(0, 600), slice(40, 41), slice(60, 64), slice(80, 88), slice(7, 300)):
         again = ops.topk_scores(hidden[part], table, 50, 0, None, seen[part])
         assert torch.equal(again[0], scores[part])
         assert torch.equal(again[1], items[part])
@@ -95,6 +95,21 @@ def test_real_scores_are_close_and_the_same_for_any_threads_and_batch() -> None:
         again = ops.topk_scores(hidden[:8], table, 50, 0, None, seen[:8], candidates)
         assert torch.equal(again[0], scores[:8])
         assert torch.equal(again[1], items[:8])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int8"])
+def test_few_users_and_many_get_the_same_bits(dtype: str) -> None:
+    """Items lie in the lanes for few users, users for many; a width with a rest, rows of a view."""
+    hidden = torch.randn(40, 37, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    table, scale = torch.randn(500, 60)[:, 3:40].to(getattr(torch, dtype)), None
+    if dtype == "int8":
+        table = torch.randint(-128, 128, (500, 60), dtype=torch.int8)[:, 3:40]
+        scale = torch.rand(500)
+    scores, items = ops.topk_scores(hidden, table, 30, 0, scale)
+    for count in range(1, 10):
+        again = ops.topk_scores(hidden[:count], table, 30, 0, scale)
+        assert torch.equal(again[0], scores[:count])
+        assert torch.equal(again[1], items[:count])
 
 
 def test_shared_candidates_in_parts() -> None:
