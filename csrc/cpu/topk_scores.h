@@ -209,7 +209,7 @@ template <int kUsers, class A, class S>
 RECGRELA_NOINLINE void scan_few(const TopKParams& p, int64_t user, A* limits, const int64_t* list,
                                 int64_t begin, int64_t end, int64_t part) {
   constexpr int L = kLanes<A>;
-  constexpr int64_t kAhead = 2 * L;
+  const int64_t block_bytes = L * p.table_stride * int64_t(sizeof(S));
   const S* table = static_cast<const S*>(p.table);
   const A* hidden = static_cast<const A*>(p.hidden) + user * p.width;
   for (int64_t first = begin; first < end; first += L) {
@@ -222,14 +222,15 @@ RECGRELA_NOINLINE void scan_few(const TopKParams& p, int64_t user, A* limits, co
       rows[r] = table + row * p.table_stride;
       scales[r] = p.scale ? p.scale[row] : 1.0f;
     }
+    if (!list) {  // the next items, in the memory's order, which the squares do not keep
+      const char* next = reinterpret_cast<const char*>(rows[0]) + block_bytes;
+      for (int64_t b = 0; b < block_bytes; b += 64) __builtin_prefetch(next + b);
+    }
     Vec<A> sums[kUsers] = {};
     int64_t c = 0;
     for (; c + L <= p.width; c += L) {
       Vec<A> square[L];
-      for (int r = 0; r < L; ++r) {
-        __builtin_prefetch(rows[r] + c + kAhead * p.table_stride);  // the next squares
-        square[r] = item_columns<A>(rows[r] + c, scales[r]);
-      }
+      for (int r = 0; r < L; ++r) square[r] = item_columns<A>(rows[r] + c, scales[r]);
       turn_square<A>(square);
       for (int j = 0; j < L; ++j) {
         for (int u = 0; u < kUsers; ++u) sums[u] += square[j] * hidden[u * p.width + c + j];
