@@ -1,7 +1,8 @@
 """`python -m benchmarks plots`: what the models of the quality tables reach while they train.
 
-A panel per table with at least two trained models: NDCG@10 on validation over the processor time
-of training, the chosen setting of each row, a thin line a seed and a thick one through their mean.
+A panel per table of a comparison or a search with at least two trained models: NDCG@10 on
+validation over the processor time of training, the chosen setting of each row, a thin line a seed
+and a thick one through their mean.
 Needs the extra `plot`.
 """
 
@@ -22,7 +23,7 @@ def curves(queues: Path, results: Path) -> dict[str, dict[str, list[Any]]]:
     """{title: {row: [a list of (minutes, NDCG@10) per seed]}} of the tables to draw."""
     found: dict[str, dict[str, list[Any]]] = {}
     for queue in read_queues(queues):
-        if queue.table == "comparison":
+        if queue.table in ("comparison", "settings"):
             rows = _of_queue(queue, results)
             if len(rows) > 1:
                 found[queue.title] = rows
