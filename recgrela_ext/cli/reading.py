@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,37 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "data.json"
 _FORMAT, _VERSION = "recgrela-data", 1
+_CHOICES = {"split": ["loo", "time"], "time_targets": ["all", "first", "last"]}
 _FILTERS = ("k_core", "min_user", "max_user", "min_item", "max_item")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+# What may stand in a field, by its annotation.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "str | None": lambda value: value is None or _is_text(value),
+    "int": _is_number,
+    "int | None": lambda value: value is None or _is_number(value),
+    "list[int] | None": lambda value: (
+        value is None
+        or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))
+    ),
+    "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "dict[str, list[str]]": lambda value: (
+        isinstance(value, dict) and all(map(_is_texts, value.values()))
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +105,8 @@ class Reading:
     def load(cls, folder: str | os.PathLike[str]) -> Reading:
         """What :meth:`save` wrote; CheckpointError when it is missing or something else."""
         path = Path(folder) / RECORD_FILE
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} must be a regular file")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -81,7 +114,7 @@ class Reading:
                 f"{folder} must be a folder that `recgrela train` wrote, got no {RECORD_FILE} "
                 f"({error.strerror})"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} must be JSON, got {error}") from None
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise CheckpointError(f"{path} must record how data was read, got other JSON")
@@ -89,9 +122,17 @@ class Reading:
         if version != _VERSION:
             raise CheckpointError(f"{path} must have version {_VERSION}, got {shown(version)}")
         try:
-            return cls(**content["reading"])
+            reading = cls(**content["reading"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} must hold known fields, got {error}") from None
+        for field in dataclasses.fields(cls):
+            value = getattr(reading, field.name)
+            if not _KINDS[str(field.type)](value) or value not in _CHOICES.get(field.name, [value]):
+                raise CheckpointError(
+                    f"{path}: {field.name} must be {field.type}, as `recgrela train` wrote it, "
+                    f"got {shown(value)}"
+                )
+        return reading
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         content = {"format": _FORMAT, "version": _VERSION, "reading": dataclasses.asdict(self)}

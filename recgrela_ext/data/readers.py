@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from recgrela_ext.data.formats import FORMATS, Source, resolve
 from recgrela_ext.data.ids import IdEncoder, compact
 from recgrela_ext.data.optional import import_pandas, import_parquet
 from recgrela_ext.data.text import TextSource
-from recgrela_ext.data.times import as_time
+from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
 from recgrela_ext.errors import DataError
 
@@ -25,6 +26,7 @@ __all__ = ["FORMATS", "Columns", "read_columns"]
 
 CHUNK_ROWS = 1 << 19
 _BEYOND = "\0beyond"  # no column has a name with a zero byte
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _NO_TIME = ["", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "inf", "-inf"]
 
 
@@ -110,6 +112,7 @@ def _text_parts(
 ) -> Iterator[_Part]:
     wanted = [source.user, source.item, *keep]
     types = dict.fromkeys(wanted, "str")
+    times = TimeColumn(where)
     if source.time is not None:
         wanted.append(source.time)
     for chunk in _chunks(source, wanted, types, progress):
@@ -119,7 +122,7 @@ def _text_parts(
             rows &= chunk[name].isin(values).to_numpy()
         time = None
         if source.time is not None:
-            time = as_time(chunk[source.time], where, first, "line")[rows]
+            time = times.add(chunk[source.time], first, "line")[rows]
         yield _Part(
             _codes(chunk[source.user], "user", where, first, rows),
             _codes(chunk[source.item], "item", where, first, rows),
@@ -146,10 +149,13 @@ def _netflix_parts(
         if movies[0] is None and block.size and block[0] == 0:
             raise DataError(f"{where}: the first line must name a movie ('1:'), got a rating")
         dates, date_codes = _codes(chunk["date"], "date", where, first, ~head)
+        wrong = [date for date in dates if not _DAY.fullmatch(date)]
         try:
-            days = np.array(dates, dtype="datetime64[D]").astype(np.int64)
-        except ValueError:
-            raise DataError(f"{where}: dates must read YYYY-MM-DD, got {dates[0]!r}") from None
+            days = np.array([] if wrong else dates, dtype="datetime64[D]").astype(np.int64)
+        except ValueError:  # such as 2005-02-30
+            wrong = dates
+        if wrong:
+            raise DataError(f"{where}: dates must read YYYY-MM-DD, got {wrong[0]!r}")
         start = int(block[0]) if block.size else 0
         yield _Part(
             _used(names, codes[~head]),
@@ -169,6 +175,7 @@ def _parquet_parts(
     pandas, parquet = import_pandas(where), import_parquet(where)
     wanted = list(dict.fromkeys([source.user, source.item, *keep]))
     wanted += [source.time] if source.time is not None else []
+    times = TimeColumn(where)
     first = 0
     with (
         parquet.ParquetFile(source.paths[0]) as file,
@@ -187,7 +194,7 @@ def _parquet_parts(
                 rows &= chunk[name].astype(str).isin(values).to_numpy()
             time = None
             if source.time is not None:
-                time = as_time(chunk[source.time], where, first)[rows]
+                time = times.add(chunk[source.time], first)[rows]
             yield _Part(
                 _factorized(pandas, chunk[source.user], "user", where, first, rows),
                 _factorized(pandas, chunk[source.item], "item", where, first, rows),

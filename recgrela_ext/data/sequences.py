@@ -79,8 +79,8 @@ class IdMap:
         raw = self.decode_items([row])[0].item()
         return str(raw) if self.item_titles is None else self.item_titles.get(raw, str(raw))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON (UTF-8, atomically: a reader sees the old file or the new one)."""
+    def to_json(self) -> str:
+        """What :meth:`save` writes."""
         titles = None
         if self.item_titles is not None:
             titles = [self.item_titles.get(raw) for raw in self.item_ids.tolist()]
@@ -91,10 +91,17 @@ class IdMap:
             "item_ids": self.item_ids.tolist(),
             "item_titles": titles,
         }
+        return json.dumps(content, ensure_ascii=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON (UTF-8, atomically: a reader sees the old file or the new one)."""
         target = Path(path)
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            with part.open("w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import numpy as np
 from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.errors import DataError
 
+_FIRST_YEAR, _LAST_YEAR = 1678, 2261  # whole years of int64 nanoseconds
+
 
 def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> np.ndarray:
     """int64 (integers; datetimes in nanoseconds) or float64; DataError on a missing value.
@@ -23,6 +25,13 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
         array = _from_objects(values, where, first_row, unit)
     if array.dtype.kind == "M":
         missing = np.isnat(array)
+        year = 1970 + array.astype("datetime64[Y]").astype(np.int64)
+        far = np.flatnonzero(((year < _FIRST_YEAR) | (year > _LAST_YEAR)) & ~missing)
+        if far.size:  # they would wrap around
+            raise DataError(
+                f"{where}: time must lie in the years {_FIRST_YEAR} to {_LAST_YEAR}, "
+                f"got {array[far[0]]} in {unit} {first_row + far[0]}"
+            )
         converted = array.astype("datetime64[ns]").astype(np.int64)
     elif array.dtype.kind == "f":
         missing = ~np.isfinite(array)
@@ -59,4 +68,27 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
             f"{where}: time must be all numbers or all dates, got {column[bad]!r} "
             f"in {unit} {first_row + bad}"
         )
-    return dates.dt.tz_localize(None).to_numpy().astype("datetime64[ns]")
+    return dates.dt.tz_localize(None).to_numpy()  # type: ignore[no-any-return]
+
+
+class TimeColumn:
+    """A time column that comes in parts: numbers throughout, or dates throughout."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._kind: str | None = None
+
+    def add(self, values: Any, first_row: int, unit: str = "row") -> np.ndarray:
+        """`as_time` of one part; DataError also where an earlier part was of the other kind."""
+        array = np.asarray(values)
+        if array.dtype.kind in "OUST":
+            array = _from_objects(values, self.where, first_row, unit)
+        times = as_time(array, self.where, first_row, unit)
+        kind = "dates" if array.dtype.kind == "M" else "numbers"
+        if self._kind not in (None, kind):
+            raise DataError(
+                f"{self.where}: time must be all numbers or all dates, got {self._kind} and then "
+                f"{kind} from {unit} {first_row} on"
+            )
+        self._kind = kind
+        return times

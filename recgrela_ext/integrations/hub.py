@@ -22,7 +22,7 @@ from recgrela_ext import RecGRELA as Model
 from recgrela_ext import RecGRELAConfig
 from recgrela_ext.errors import CheckpointError
 from recgrela_ext.model import persistence
-from recgrela_ext.model.config import CONFIG_FILE, WEIGHTS_FILE
+from recgrela_ext.model.config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
@@ -115,7 +115,7 @@ class RecGRELA(PyTorchModelHubMixin, Model):
             raise TypeError(f"from_pretrained: options must be known, got {', '.join(unknown)}")
         if not os.path.isdir(model_id):
             names = [CONFIG_FILE, WEIGHTS_FILE]
-            fields = {k: v for k, v in (config or {}).items() if k != "weights_sha256"}
+            fields = {k: v for k, v in (config or {}).items() if k not in DIGESTS}
             id_map_file = RecGRELAConfig.from_dict(fields).id_map_file  # before a name is asked for
             names += [id_map_file] if id_map_file is not None else []
             folder = snapshot_download(model_id, allow_patterns=names, **where)

@@ -19,6 +19,7 @@ _CHOICES = {
     "mlp_activation": ("gelu", "silu", "relu"),
 }
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of a saved model
+DIGESTS = ("weights_sha256", "id_map_sha256")  # in config.json, of the files beside it
 # Each at least 1 and at most this: far beyond, a weight's size in bytes no longer fits an int64.
 _LARGEST = {
     "hidden_size": 1 << 16,

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import CheckpointError, DataError
 from ..layers.packing import pack
-from .config import CONFIG_FILE, WEIGHTS_FILE, RecGRELAConfig
+from .config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE, RecGRELAConfig
 
 if TYPE_CHECKING:
     from .recgrela import RecGRELA
@@ -92,10 +92,13 @@ def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     name = None if model.id_map is None else (model.config.id_map_file or ID_MAP_FILE)
     config = model.config.replace(id_map_file=name)
     fields = {**config.to_dict(), "weights_sha256": weights_digest(weights)}
+    files: dict[str, bytes] = {}
     if model.id_map is not None and name is not None:
-        model.id_map.save(folder / name)
-    _write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-    _write(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
+        files[name] = model.id_map.to_json().encode()
+        fields["id_map_sha256"] = hashlib.sha256(files[name]).hexdigest()
+    files[WEIGHTS_FILE] = save(weights, metadata={"format": "pt"})
+    files[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
+    _write(folder, files)
 
 
 def from_pretrained(
@@ -110,7 +113,7 @@ def from_pretrained(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / CONFIG_FILE} must be JSON: {error}") from None
-    digest = fields.pop("weights_sha256", None) if isinstance(fields, dict) else None
+    digests = [fields.pop(name, None) if isinstance(fields, dict) else None for name in DIGESTS]
     try:
         config = RecGRELAConfig.from_dict(fields)
     except CheckpointError as error:
@@ -120,16 +123,24 @@ def from_pretrained(
         weights = load(_read(path))
     except SafetensorError as error:
         raise CheckpointError(f"{path} must be a whole safetensors file: {error}") from None
-    if digest is not None and digest != weights_digest(weights):
+    if digests[0] is not None and digests[0] != weights_digest(weights):
         raise CheckpointError(f"{path} must be the weights {CONFIG_FILE} was saved with")
     model = _filled(cls, config, weights, str(path))
     if config.id_map_file is not None:
         from ..data import IdMap
 
+        path = folder / config.id_map_file
         try:
-            model.id_map = IdMap.load(folder / config.id_map_file)
+            model.id_map = IdMap.load(path)
         except DataError as error:
             raise CheckpointError(str(error)) from None
+        if digests[1] is not None and digests[1] != hashlib.sha256(_read(path)).hexdigest():
+            raise CheckpointError(f"{path} must be the id map {CONFIG_FILE} was saved with")
+        if model.id_map.n_items != config.rows:
+            raise CheckpointError(
+                f"{path} must name the model's {config.rows - 1} items, "
+                f"got {model.id_map.num_items}"
+            )
     return model if device is None else model.to(device)
 
 
@@ -241,16 +252,21 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path} must be readable: {error.strerror}") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: readers see the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace these files: all of them are on the disk before the first takes its name, so that an
+    error leaves what was there; each appears in one step."""
+    parts: dict[str, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        for name, data in files.items():
+            handle, parts[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(parts[name], 0o644)
+        for name, part in parts.items():
+            os.replace(part, folder / name)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        for part in parts.values():
+            Path(part).unlink(missing_ok=True)
         raise

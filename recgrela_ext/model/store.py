@@ -209,6 +209,9 @@ class UserStateStore:
             raise ValueError(
                 f"UserStateStore.step: items must be [{len(ids)}], got {list(items.shape)}"
             )
+        # All of them before the first is applied: a caller who mends one and calls again must not
+        # count the others twice.
+        inputs.check_ids("UserStateStore.step", "items", self.model.config, items)
         rounds = _rounds(ids)
         padding = self.model.config.padding_idx
         hidden = None
@@ -252,6 +255,9 @@ class UserStateStore:
                 )
         seen = SeenItems.from_lists(given)  # which refuses what is no item row
         rows = [history.astype(np.int64) for history in given]
+        everything = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
+        ends = torch.from_numpy(np.cumsum([0, *map(len, rows)]))
+        inputs.check_packed(caller, self.model.config, everything, ends)  # before the first is put
         step = self.pools[0].capacity
         for start in range(0, len(ids), step):
             part = rows[start : start + step]

@@ -142,6 +142,9 @@ class CheckpointFolder:
     def load(self, step: int) -> Checkpoint:
         """Reads one checkpoint; CheckpointError when it is missing, torn or of another version."""
         place = self._place(step)
+        for path in (place / _STATE, place / _TENSORS):
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise CheckpointError(f"{path} must be a regular file")
         try:
             content = json.loads((place / _STATE).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("format") != _FORMAT:

@@ -2,7 +2,7 @@
 
 python -m tests.trust             # writes it
 python -m tests.trust --check     # fails where the page says something else
-python -m tests.trust --run       # tests/trust with its slow tests, for the table
+python -m tests.trust --run       # tests/trust with its slow tests, but for the giant ones
 python -m tests.trust --run giant # those with this word alone
 python -m tests.trust --run sanitizers    # a check of tests/trust/checks.py
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
 from typing import Any
 
 from tests.trust import records
@@ -105,7 +106,9 @@ def page() -> str:
     return f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
 
 
-def keep(name: str, what: str, start: tuple[float, os.times_result], found: str) -> None:
+def keep(
+    name: str, what: str, start: tuple[float, os.times_result], found: str, folder: Path
+) -> None:
     """Writes what a run began at `start` found."""
     now = os.times()
     begin, used = start
@@ -117,18 +120,18 @@ def keep(name: str, what: str, start: tuple[float, os.times_result], found: str)
         "found": found,
         "versions": {**records.versions(), "commit": records.commit()},
     }
-    records.write(records.FOLDER / f"tests-{name}.json", record)
+    records.write(folder / f"tests-{name}.json", record)
 
 
-def run_check(name: str, seed: int) -> int:
+def run_check(name: str, seed: int, folder: Path) -> int:
     start = time.monotonic(), os.times()
     what, check = CHECKS[name]
-    keep(name, what, start, check(seed))
+    keep(name, what, start, check(seed), folder)
     return 0
 
 
-def run_tests(word: str) -> int:
-    """pytest's last line becomes a record."""
+def run_tests(word: str, into: Path) -> int:
+    """pytest's last line becomes a record, where tests were found and passed."""
     chosen = word or "not giant"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-k", chosen]
     start = time.monotonic(), os.times()
@@ -137,24 +140,29 @@ def run_tests(word: str) -> int:
     print(run.stdout, run.stderr, sep="")
     last = run.stdout.strip().splitlines()[-1].strip("= ")
     what = f"tests/trust, `-k {chosen!r}`: isolation, extremes, faults, processes, supply"
-    keep(word or "all", what, start, last.partition(" in ")[0])
+    if run.returncode == 0:
+        keep(word or "all", what, start, last.partition(" in ")[0], into)
     return run.returncode
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare; 1 where they differ")
-    chosen = f"{', '.join(CHECKS)}; or a word of tests' names; without one all of tests/trust"
+    chosen = f"{', '.join(CHECKS)}; or a word of tests' names; without one all but the giant"
     parser.add_argument("--run", nargs="?", const="", metavar="NAME", help=chosen)
     parser.add_argument("--seed", type=int, default=1, help="of random shapes")
+    parser.add_argument("--results", type=Path, default=records.FOLDER,
+                        help="folder of the new record (default: the committed ones)")  # fmt: skip
     options = parser.parse_args()
     if options.run in CHECKS:
-        return run_check(options.run, options.seed)
+        return run_check(options.run, options.seed, options.results)
     if options.run is not None:
-        return run_tests(options.run)
+        return run_tests(options.run, options.results)
     text = page()
     if options.check:
-        return 0 if text == PAGE.read_text(encoding="utf-8") else 1
+        same = text == PAGE.read_text(encoding="utf-8")
+        print("" if same else f"{PAGE} is out of date: run python -m tests.trust", end="")
+        return 0 if same else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0
 
