@@ -68,7 +68,7 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
             f"{where}: time must be all numbers or all dates, got {column[bad]!r} "
             f"in {unit} {first_row + bad}"
         )
-    return dates.dt.tz_localize(None).to_numpy()  # type: ignore[no-any-return]
+    return dates.dt.tz_localize(None).to_numpy()
 
 
 class TimeColumn:

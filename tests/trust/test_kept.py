@@ -105,9 +105,7 @@ def test_files_get_their_names_together(tmp_path: Path) -> None:
 
 def test_a_refused_event_counts_for_nobody() -> None:
     store = UserStateStore(small_model(), 5)
-    with pytest.raises(
-        ValueError, match=r"\.step: items must lie in 0\.\.11 .* got 9999"
-    ):
+    with pytest.raises(ValueError, match=r"\.step: items must lie in 0\.\.11 .* got 9999"):
         store.step([1, 2, 1], torch.tensor([5, 6, 9999]))
     assert len(store.users) == 0
     store.step([1, 2, 1], torch.tensor([5, 6, 7]))
