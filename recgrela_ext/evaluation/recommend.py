@@ -86,7 +86,9 @@ def format_recommendations(lines: Sequence[Recommended]) -> str:
         if line["rank"] == 1:
             text.append("this history" if line["user"] is None else f"user {line['user']}")
         label = f"  {line['title']}" if line["title"] != str(line["item"]) else ""
-        text.append(f"{line['rank']:4d}  {line['score']:8.3f}  {line['item']!s:>{width}}{label}")
+        row = f"{line['rank']:4d}  {line['score']:8.3f}  {line['item']!s:>{width}}{label}"
+        # a title comes from anywhere: nothing in it may reach the terminal as a command
+        text.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in row))
     return "\n".join(text)
 
 
@@ -104,6 +106,11 @@ def _recommend(
         raise ValueError(
             f"recommend: model must have the data's n_items {id_map.n_items}, "
             f"got {model.config.n_items}"
+        )
+    if model.config.padding_idx != 0:
+        raise ValueError(
+            "recommend: model must have padding_idx 0, as an id map has it, "
+            f"got {model.config.padding_idx}"
         )
     if exclude_seen == "auto":
         share = model.config.repeat_share

@@ -45,6 +45,7 @@ _BLOCK_NAME = re.compile(r"GRELA_block\.(\d{1,18})\.(.+)\.(weight|bias|rotations
 
 
 NOT_IN_FINGERPRINT = ("dropout", "drop_path", "initializer_range", "repeat_share", "id_map_file")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # a model runs in
 
 
 class Weights:
@@ -233,9 +234,16 @@ def _filled(
             raise CheckpointError(
                 f"{source}: {name} must be {list(shape)}, got {list(weights[name].shape)}"
             )
-        if not weights[name].is_floating_point():
+        if weights[name].dtype not in _DTYPES:
             raise CheckpointError(
-                f"{source}: {name} must have a floating dtype, got {weights[name].dtype}"
+                f"{source}: {name} must have a dtype out of "
+                f"{', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, "
+                f"got {weights[name].dtype}"
+            )
+        if weights[name].dtype != weights["item_embedding.weight"].dtype:
+            raise CheckpointError(
+                f"{source}: {name} must have the dtype of item_embedding.weight, "
+                f"{weights['item_embedding.weight'].dtype}, got {weights[name].dtype}"
             )
     device = weights["item_embedding.weight"].device
     model = model.to_empty(device=device).to(weights["item_embedding.weight"].dtype)

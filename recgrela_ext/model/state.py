@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
 MAX_EVENTS = 1_000_000
-_LAST_POSITION = 1 << 53  # beyond it float64 cannot tell positions apart
+LAST_POSITION = 1 << 53  # beyond it float64 cannot tell positions apart
 
 # where the seen items begin (0: none), dtype, dtype of hidden, fingerprint, position, sizes
 _HEADER = struct.Struct("<IBB16sqII")
@@ -283,7 +283,7 @@ class UserState:
                 "other weights"
             )
         state = model.init_state(1)
-        known = max(code, hidden_code) < len(storage.DTYPES) and 0 <= position <= _LAST_POSITION
+        known = max(code, hidden_code) < len(storage.DTYPES) and 0 <= position <= LAST_POSITION
         if not known or (size, width) != (state.layout.row_size, state.hidden.shape[1]):
             raise StateError(f"{caller}: blob must have a header that fits this model, got another")
         dtype, hidden_dtype = storage.DTYPES[code], storage.DTYPES[hidden_code]

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import StateError
 from .persistence import weights_digest
 from .pool import Pool
+from .state import LAST_POSITION
 
 if TYPE_CHECKING:
     from .recgrela import RecGRELA
@@ -123,8 +124,8 @@ def _fill(pool: Pool, read: _Reader) -> None:
             rows = read(name, into.dtype, into.dim())
             read.require(rows.shape == into[: len(owner)].shape, name, "have rows of this model")
             into[: len(owner)] = rows
-    low = int(pool.rows.position.min()) if pool.capacity else 0
-    read.require(low >= 0, "position", "be at least 0")
+    low, high = (int(x) for x in pool.rows.position.aminmax()) if pool.capacity else (0, 0)
+    read.require(low >= 0 and high <= LAST_POSITION, "position", "lie in 0..2^53")
     pool.restore(owner, order)
 
 

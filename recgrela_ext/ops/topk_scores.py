@@ -179,7 +179,7 @@ def _check(
     if candidates is None or torch.compiler.is_compiling():
         return
     if candidates.device.type == "cpu" and candidates.numel():
-        low, high = (int(x) for x in candidates.aminmax())
+        low, high = (int(x) for x in candidates.to(torch.int64).aminmax())  # uint64 has none
         if low < 0 or high >= N:
             raise ValueError(
                 f"{op}: candidates must lie in 0..{N - 1}, got {low if low < 0 else high}"

@@ -160,7 +160,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
         ({"1.owner": torch.tensor([5, 1, 2, 3])}, {}, "must hold distinct users"),
         ({"1.owner": torch.ones(4)}, {}, "must be torch.int64 of 1 dimensions"),
         ({"1.data": torch.ones(4, 7, dtype=torch.int8)}, {}, "must have rows of this model"),
-        ({"1.position": torch.tensor([1, -1, 1, 1])}, {}, "must be at least 0"),
+        ({"1.position": torch.tensor([1, -1, 1, 1])}, {}, "must lie in 0..2^53"),
         ({"seen.items": torch.tensor([9], dtype=torch.int32)}, {}, "lengths of the lists"),
         ({"seen.users": torch.arange(50, 56)}, {}, "must be kept once"),
         ({"seen.items": -torch.ones(6, dtype=torch.int32)}, {}, "must be ascending rows"),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from recgrela_ext import (
     CheckpointError,
@@ -22,10 +23,16 @@ from recgrela_ext import (
     Interactions,
     RecGRELA,
     UserStateStore,
+    ops,
 )
 from recgrela_ext.cli.reading import Reading
 from recgrela_ext.data import readers
-from recgrela_ext.model.persistence import _write
+from recgrela_ext.evaluation.recommend import (
+    Recommended,
+    format_recommendations,
+    recommend_for_items,
+)
+from recgrela_ext.model.persistence import _write, weights_digest
 from recgrela_ext.training.checkpoint import CheckpointFolder
 from tests.fuzz.saved import small_model
 
@@ -210,3 +217,52 @@ def test_a_pipe_in_place_of_a_checkpoint(tmp_path: Path, name: str) -> None:
     os.mkfifo(place / name)
     with pytest.raises(CheckpointError, match="must be a regular file"):
         folder.load(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_no_kernel_takes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """They were loaded, and the first use failed."""
+    refused_weights(tmp_path, {name: t.to(dtype) for name, t in small_model().state_dict().items()},
+                    "must have a dtype out of float32, .*, got torch.float8")  # fmt: skip
+
+
+def test_weights_of_two_dtypes(tmp_path: Path) -> None:
+    """The others were rounded to the item table's."""
+    weights = small_model().state_dict()
+    weights["item_embedding.weight"] = weights["item_embedding.weight"].half()
+    refused_weights(tmp_path, weights, "must have the dtype of item_embedding.weight, torch.float")
+
+
+def refused_weights(folder: Path, weights: dict[str, torch.Tensor], message: str) -> None:
+    small_model().save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["weights_sha256"] = weights_digest(weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        RecGRELA.from_pretrained(folder)
+
+
+def test_an_id_map_and_a_padding_row_elsewhere() -> None:
+    model = RecGRELA(small_model().config.replace(padding_idx=5))
+    id_map = IdMap(np.arange(2), np.arange(100, 100 + model.config.num_items))
+    with pytest.raises(ValueError, match="model must have padding_idx 0, as an id map has it, got"):
+        recommend_for_items(model, id_map, [101])
+
+
+def test_a_title_does_not_steer_the_terminal() -> None:
+    line: Recommended = {"user": None, "rank": 1, "item": 7, "score": 1.0,
+                         "title": "\x1b]0;owned\x07two\nlines \u202e\u00e9"}  # fmt: skip
+    text = format_recommendations([line])
+    assert len(text.splitlines()) == 2
+    assert text.endswith("\\x1b]0;owned\\x07two\\nlines \\u202e\u00e9")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.uint32, torch.uint16])
+def test_candidates_in_unsigned_integers(dtype: torch.dtype) -> None:
+    hidden, table = torch.randn(2, 4), torch.randn(9, 4)
+    wanted = ops.topk_scores(hidden, table, 3, 0, candidates=torch.tensor([2, 5, 7]))
+    found = ops.topk_scores(hidden, table, 3, 0, candidates=torch.tensor([2, 5, 7]).to(dtype))
+    assert torch.equal(found[1], wanted[1])
+    with pytest.raises(ValueError, match=r"candidates must lie in 0\.\.8, got 9"):
+        ops.topk_scores(hidden, table, 3, 0, candidates=torch.tensor([2, 9]).to(dtype))
