@@ -209,7 +209,7 @@ template <int kUsers, class A, class S>
 RECGRELA_NOINLINE void scan_few(const TopKParams& p, int64_t user, A* limits, const int64_t* list,
                                 int64_t begin, int64_t end, int64_t part) {
   constexpr int L = kLanes<A>;
-  const int64_t block_bytes = L * p.table_stride * int64_t(sizeof(S));
+  const int64_t row_bytes = p.width * int64_t(sizeof(S));
   const S* table = static_cast<const S*>(p.table);
   const A* hidden = static_cast<const A*>(p.hidden) + user * p.width;
   for (int64_t first = begin; first < end; first += L) {
@@ -222,9 +222,9 @@ RECGRELA_NOINLINE void scan_few(const TopKParams& p, int64_t user, A* limits, co
       rows[r] = table + row * p.table_stride;
       scales[r] = p.scale ? p.scale[row] : 1.0f;
     }
-    if (!list) {  // the next items, in the memory's order, which the squares do not keep
-      const char* next = reinterpret_cast<const char*>(rows[0]) + block_bytes;
-      for (int64_t b = 0; b < block_bytes; b += 64) __builtin_prefetch(next + b);
+    for (int64_t r = 0; !list && r < L; ++r) {  // the next items, in the memory's order
+      const char* next = reinterpret_cast<const char*>(rows[r] + L * p.table_stride);
+      for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(next + b);
     }
     Vec<A> sums[kUsers] = {};
     int64_t c = 0;
