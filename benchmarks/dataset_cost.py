@@ -126,6 +126,7 @@ def _apart(data: str, model: str) -> dict[str, Any]:
 
 def _child(part: Any, data: str, model: str, answer: Any) -> None:
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a process that has computed on more would leave a fork to wait
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
     try:
         found = part(SETS[data], model)
