@@ -34,6 +34,7 @@ from benchmarks.memory_point import grown, timed
 from benchmarks.memory_quality import OURS, PUBLISHED, build
 from benchmarks.peer_models import Peer
 from benchmarks.store import write_json
+from benchmarks.training_rows import windows as full_windows
 from recgrela_ext.model.retrieval import top_k
 from recgrela_ext.training.config import TrainConfig
 from recgrela_ext.training.stepper import Stepper
@@ -158,7 +159,12 @@ def _steps(name: str, n_items: int, windows: int) -> tuple[Any, int, Callable[[]
     if dense:
         model.loss = _dense_loss.__get__(model)
     stepper = Stepper(model, None, TrainConfig())  # type: ignore[arg-type]
-    batch = random_windows(n_items, windows, prefixes=name == PUBLISHED)
+    batch = full_windows(windows, LENGTH, num_items=n_items)
+    if name == PUBLISHED:  # the last position of each is a target
+        last = np.arange(1, windows + 1) * LENGTH - 1
+        targets = np.zeros_like(batch.targets)
+        targets[last] = batch.targets[last]
+        batch = Batch(batch.items, targets, batch.cu_seqlens, windows)
     count = iter(range(1 << 60))
     return model, batch.num_targets, lambda: stepper.step(batch, next(count), 1e-3)
 
@@ -167,16 +173,6 @@ def _dense_loss(self: Peer, item_seq: Tensor, item_seq_len: Tensor, targets: Ten
     """All scores at once, as most training loops have it."""
     scores = self.run(item_seq).flatten(0, 1) @ self.item_embedding.weight.t()
     return F.cross_entropy(scores, targets.flatten(), ignore_index=0)
-
-
-def random_windows(n_items: int, windows: int, prefixes: bool = False) -> Batch:
-    """Full windows, a target at every position, or at the last one alone."""
-    ids = np.random.default_rng(0).integers(1, n_items + 1, (windows, LENGTH + 1))
-    items, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
-    if prefixes:
-        targets[:, :-1] = 0
-    bounds = np.arange(windows + 1) * LENGTH
-    return Batch(items.reshape(-1), targets.reshape(-1), bounds, int((targets != 0).sum()))
 
 
 @torch.no_grad()

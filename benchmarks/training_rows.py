@@ -20,10 +20,10 @@ from recgrela_ext.training.windows import Batch
 _AGREE = 1e-3  # of the largest gradient, float32 through four layers
 
 
-def windows(batch: int, length: int, seed: int = 0) -> Batch:
-    """Full windows of random items of ML-1M, every position with a target."""
+def windows(batch: int, length: int, seed: int = 0, num_items: int = 3416) -> Batch:
+    """Full windows of random items, by default ML-1M's, every position with a target."""
     generator = np.random.default_rng(seed)
-    ids = generator.integers(1, 3417, (batch, length + 1))
+    ids = generator.integers(1, num_items + 1, (batch, length + 1))
     bounds = np.arange(batch + 1) * length
     items, targets = (x.reshape(-1).copy() for x in (ids[:, :-1], ids[:, 1:]))
     return Batch(items, targets, bounds, batch * length)

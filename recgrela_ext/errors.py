@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ class CheckpointError(_OneLine):
 
 class StateError(_OneLine):
     """A saved user state belongs to another model, is damaged, or cannot be stored as asked."""
+
+
+def check_regular(path: str | os.PathLike[str], error: type[_OneLine], caller: str = "") -> None:
+    """`error` where something is there that is no regular file: a pipe would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise error(f"{caller}{path} must be a regular file")
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from recgrela_ext.data import IdMap, Interactions, Sequences, Targets
 from recgrela_ext.data.download import DATASETS
-from recgrela_ext.errors import CheckpointError, DataError, shown
+from recgrela_ext.errors import CheckpointError, DataError, check_regular, shown
 
 if TYPE_CHECKING:
     from recgrela_ext import RecGRELA
@@ -105,8 +105,7 @@ class Reading:
     def load(cls, folder: str | os.PathLike[str]) -> Reading:
         """What :meth:`save` wrote; CheckpointError when it is missing or something else."""
         path = Path(folder) / RECORD_FILE
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise CheckpointError(f"{path} must be a regular file")
+        check_regular(path, CheckpointError)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

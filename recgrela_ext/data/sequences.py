@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, check_regular
 
 PADDING_ROW = 0
 _ID_MAP_FORMAT = "recgrela-id-map"
@@ -109,8 +109,7 @@ class IdMap:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> IdMap:
         """Read what :meth:`save` wrote; DataError when the file is something else or torn."""
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-            raise DataError(f"IdMap.load: {path} must be a regular file")
+        check_regular(path, DataError, "IdMap.load: ")
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .. import ops
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, check_regular
 from ..layers.packing import pack
 from .config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE, RecGRELAConfig
 
@@ -252,8 +252,7 @@ def _filled(
 
 
 def _read(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{path} must be a regular file")
+    check_regular(path, CheckpointError)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import StateError, check_regular
 from .persistence import weights_digest
 from .pool import Pool
 from .state import LAST_POSITION
@@ -65,8 +65,7 @@ def load(
     on_evict: Callable[[Evicted], None] | None,
     device: torch.device | str | None,
 ) -> UserStateStore:
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise StateError(f"UserStateStore.load: {path} must be a regular file")
+    check_regular(path, StateError, "UserStateStore.load: ")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             facts = _facts(path, file.metadata() or {})

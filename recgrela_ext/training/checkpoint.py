@@ -25,7 +25,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from recgrela_ext.errors import CheckpointError, shown
+from recgrela_ext.errors import CheckpointError, check_regular, shown
 
 try:
     import fcntl
@@ -143,8 +143,7 @@ class CheckpointFolder:
         """Reads one checkpoint; CheckpointError when it is missing, torn or of another version."""
         place = self._place(step)
         for path in (place / _STATE, place / _TENSORS):
-            if path.exists() and not path.is_file():  # a pipe would be waited for
-                raise CheckpointError(f"{path} must be a regular file")
+            check_regular(path, CheckpointError)
         try:
             content = json.loads((place / _STATE).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("format") != _FORMAT:
