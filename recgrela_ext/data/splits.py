@@ -101,6 +101,9 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
     where = "split_by_time"
     if targets not in TARGET_CHOICES:
         raise DataError(f"{where}: targets must be 'all', 'first' or 'last', got {shown(targets)}")
+    for name, share in zip(("train", "valid", "test"), shares, strict=True):
+        if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)):
+            raise DataError(f"{where}: {name} must be a number, got {shown(share)}")
     if not (all(share > 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
         raise DataError(f"{where}: train, valid, test must be positive with sum 1, got {shares}")
     time = rule_time(log.time, log.order)
