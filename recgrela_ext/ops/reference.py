@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import is_whole
 from ..errors import shown
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,24 +70,33 @@ def inv_freq(
 
     Raises:
         ValueError: unknown ``rotary``, odd ``head_dim`` or a base not above 0.
+        TypeError: ``num_heads`` or ``head_dim`` is no int.
     """
-    if num_heads < 1:
-        raise ValueError(f"inv_freq: num_heads must be at least 1, got {num_heads}")
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {head_dim}")
-    if not base > 0:
-        raise ValueError(f"inv_freq: base must be above 0, got {base}")
+    for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if not is_whole(value):
+            raise TypeError(f"inv_freq: {name} must be an int, got {shown(value)}")
+    if not 1 <= num_heads < 2**31:
+        raise ValueError(f"inv_freq: num_heads must lie in 1..2**31-1, got {shown(num_heads)}")
+    if not 2 <= head_dim < 2**31 or head_dim % 2:
+        raise ValueError(
+            f"inv_freq: head_dim must be even and lie in 2..2**31-1, got {shown(head_dim)}"
+        )
+    if not isinstance(base, (float, int)) or not 0 < base < 1e300:
+        raise ValueError(
+            f"inv_freq: base must be a number above 0 and below 1e300, got {shown(base)}"
+        )
+    if not isinstance(rotary, str) or rotary not in ("full_width", "per_head", "none"):
+        raise ValueError(
+            f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
+        )
+    base = float(base)
     pairs = head_dim // 2
     index = torch.arange(num_heads * pairs, dtype=torch.float64).view(num_heads, pairs)
     if rotary == "full_width":
         return base ** (-index / (num_heads * pairs))
     if rotary == "per_head":
         return base ** (-(index % pairs) / pairs)
-    if rotary == "none":
-        return torch.zeros_like(index)
-    raise ValueError(
-        f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
-    )
+    return torch.zeros_like(index)
 
 
 def feature_map(x: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recgrela_ext import (
     DataError,
     IdMap,
     Interactions,
+    ops,
 )
 
 
@@ -152,3 +154,79 @@ def test_reading_and_filtering(tmp_path: Path, what: str) -> None:
     path.write_text("user,item,timestamp\n1,2,3\n1,3,4\n")
     call, text = READING[what]
     refused(lambda: call(path), DataError, f"^{text}")
+
+
+def operator_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every operator with right arguments."""
+    rows, inv_freq, r = torch.ones(2, 3, 2, 4), ops.inv_freq(2, 4), torch.ones
+    state = (r(2, 2, 4, 4), r(2, 2, 4), r(2, 2, 8), torch.zeros(2, dtype=torch.int64))
+    pair = {n: (r(n, 8), r(n)) for n in (8, 16)}
+    layer = ops.EncoderLayer(
+        (r(8), r(8)), pair[8], pair[8], pair[16], (r(8, 3), r(8)), pair[8], (r(8), r(8)),
+        pair[16], (r(8, 16), r(8)))  # fmt: skip
+    packed = ops.pack_encoder([layer], inv_freq)
+    conv = {"conv_weight": r(8, 3), "conv_bias": r(8)}
+    qkv = dict.fromkeys(("q", "k", "v", "gate"), rows)
+    one = dict.fromkeys(("q", "k", "v", "gate"), rows[:, 0])
+    wide = {"first_weight": r(32, 16), "first_bias": r(32), "second_weight": r(16, 32),
+            "second_bias": r(16), "residual": r(3, 16)}  # fmt: skip
+    seen, targets, active = torch.ones(2, 1).long(), torch.tensor([1, 2]), r(2) > 0
+    event = {"item_vectors": r(2, 8), "packed_weights": packed, "active": active}
+    event["state"] = (r(2, packed.state_size), torch.zeros(2, dtype=torch.int64))
+    given: dict[str, dict[str, Any]] = {
+        "gated_rela": {**qkv, "inv_freq": inv_freq, **conv},
+        "rela": {"q": rows, "k": rows, "v": rows, "inv_freq": inv_freq, "lengths": targets},
+        "gated_rela_step": {**one, "inv_freq": inv_freq, **conv, "state": state, "active": active},
+        "topk_scores": {"hidden": r(2, 4), "table": r(9, 4), "k": 3, "seen": seen},
+        "softmax_loss": {"hidden": r(2, 4), "table": r(9, 4), "targets": targets},
+        "feed_forward": {"x": r(3, 16), **wide},
+        "activation_dropout": {"x": r(3, 4), "residual": r(3, 4)},
+        "encoder_step": event,
+    }
+    return {name: (getattr(ops, name), arguments) for name, arguments in given.items()}
+
+
+CALLS = operator_calls()
+WRONG_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_of_other_kinds_in_operators(name: str, kind: str) -> None:
+    """They ended in torch's internal errors, or were looked for in its table of promotions."""
+    call, arguments = CALLS[name]
+    call(**arguments)
+    for argument, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        try:
+            wrong = WRONG_TENSORS[kind](value)
+        except RuntimeError:  # torch cannot make one of these
+            continue
+        changed = {**arguments, argument: wrong}
+        refused(lambda changed=changed: call(**changed), (TypeError, ValueError),
+                rf"^{name}: {argument} must ")  # fmt: skip
+
+
+def test_frequencies_and_packed_weights() -> None:
+    for arguments, error, text in (
+        (("a", 4), TypeError, "num_heads must be an int, got 'a'"),
+        ((True, 4), TypeError, "num_heads must be an int, got True"),
+        ((2, 4.0), TypeError, r"head_dim must be an int, got 4\.0"),
+        ((2**40, 4), ValueError, r"num_heads must lie in 1\.\.2\*\*31-1"),
+        ((2, 4, None), ValueError, "rotary must be .*, got None"),
+        ((2, 4, "none", "x"), ValueError, "base must be a number above 0 .*, got 'x'"),
+        ((2, 4, "none", 10**400), ValueError, "base must be a number above 0 and below 1e300"),
+    ):
+        refused(lambda given=arguments: ops.inv_freq(*given), error, f"^inv_freq: {text}")
+    assert ops.inv_freq(np.int64(2), 4).shape == (2, 2)  # type: ignore[arg-type]
+    frequencies = ops.inv_freq(2, 4)
+    for layers in (5, "x", [None], torch.ones(2)):
+        refused(lambda layers=layers: ops.pack_encoder(layers, frequencies), TypeError,
+                "^pack_encoder: layers must be a list of EncoderLayer, got ")  # fmt: skip
+    refused(lambda: ops.pack_encoder([], None), TypeError, "^pack_encoder: inv_freq must be a ten")  # type: ignore[arg-type]
