@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import shown
 from ..layers.encoder import shift_rows
+from ..ops.checks import check_tensor
 from .config import RecGRELAConfig
 
 
@@ -117,9 +118,8 @@ def values_are_checked(x: Tensor) -> bool:
 
 
 def check_integers(caller: str, name: str, x: Tensor) -> None:
-    """TypeError for anything but an int64 or int32 tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
+    """TypeError or ValueError for anything but a dense int64 or int32 tensor."""
+    check_tensor(caller, name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{caller}: {name} must be int64 or int32, got {x.dtype}")
 
@@ -170,6 +170,7 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
     got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
     if got != torch.int64:
         raise TypeError(f"{caller}: targets must be int64 in a tensor, got {got}")
+    check_tensor(caller, "targets", targets)
     B, L = batch.items.shape
     if targets.shape not in ((B, L), (B,)):
         raise ValueError(

@@ -86,6 +86,8 @@ class RecGRELA(nn.Module):
 
         `overrides` are fields of `RecGRELAConfig`.
         """
+        if not hasattr(train, "n_items"):
+            raise TypeError(f"RecGRELA.for_data: train must be Sequences, got {shown(train)}")
         facts = {"n_items": train.n_items, "repeat_share": train.repeat_share}
         model = cls(RecGRELAConfig(**{**facts, **overrides}))
         model.id_map = train.id_map
@@ -422,8 +424,12 @@ class RecGRELA(nn.Module):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], device: torch.device | str | None = None
     ) -> RecGRELA:
-        """The model `save_pretrained` wrote, in evaluation mode. CheckpointError when a file is
-        missing, truncated, of another version or of another model."""
+        """The model `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            CheckpointError: a file is missing, truncated, of another version or of another model.
+            ValueError, TypeError: a folder that is no path, a device that is not there.
+        """
         return persistence.from_pretrained(cls, folder, device)
 
     @classmethod

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..arguments import usable_device
+from ..errors import StateError, shown
 from ..layers.rela import State
 from . import blob as storage
+from .inputs import check_integers
+from .persistence import check_model
 from .seen import STATE_MAGIC, SeenItems
 
 if TYPE_CHECKING:
@@ -175,6 +178,9 @@ class UserState:
 
     def select(self, users: Tensor) -> UserState:
         """The users with these indices [n] int64, in this order; a copy."""
+        check_integers("UserState.select", "users", users)
+        if users.dim() != 1:
+            raise ValueError(f"UserState.select: users must be [n], got {list(users.shape)}")
         return UserState(
             self.buffer.index_select(0, users),
             self.position.index_select(0, users),
@@ -185,7 +191,12 @@ class UserState:
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
-        """One state with the users of all (a copy); ValueError for none or different models."""
+        """One state with the users of all (a copy); ValueError for none or different models,
+        TypeError for what is no state."""
+        if not isinstance(states, Sequence) or not all(isinstance(x, UserState) for x in states):
+            raise TypeError(
+                f"UserState.cat: states must be a list of UserState, got {shown(states)}"
+            )
         if not states:
             raise ValueError("UserState.cat: states must hold at least one state, got none")
         first = states[0]
@@ -205,12 +216,12 @@ class UserState:
         return UserState.cat([self])
 
     def to(self, device: torch.device | str) -> UserState:
-        """The state on `device`: itself where it is there already, else a copy."""
-        if torch.device(device) == self.buffer.device:
+        """The state on `device`: itself where it is there already, else a copy. ValueError where
+        there is no such device."""
+        place = usable_device(device, "UserState.to")
+        if place == self.buffer.device:
             return self
-        parts = (self.buffer.to(device), self.position.to(device), self.hidden.to(device))
-        if parts[0].device == self.buffer.device:
-            return self
+        parts = (self.buffer.to(place), self.position.to(place), self.hidden.to(place))
         return UserState(*parts, self.layout, self.fingerprint)
 
     @property
@@ -272,9 +283,10 @@ class UserState:
         """A state of one user from `to_bytes`, on the device of `model`.
 
         Raises StateError when the bytes are damaged, of another version, or written by a model with
-        another configuration or other weights.
+        another configuration or other weights; TypeError for another kind of argument.
         """
         caller = "UserState.from_bytes"
+        check_model(caller, model)
         body = storage.unseal(caller, blob, (STATE_MAGIC,), _HEADER.size)[1]
         _, code, hidden_code, fingerprint, position, size, width = _HEADER.unpack_from(body)
         if fingerprint != model.fingerprint():

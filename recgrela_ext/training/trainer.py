@@ -374,6 +374,8 @@ def _check_arguments(
     config: TrainConfig,
     resume: str | bool,
 ) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"fit: config must be a TrainConfig, got {shown(config)}")
     for name, limit in limits.items():
         if limit is None:
             continue
@@ -383,7 +385,7 @@ def _check_arguments(
             raise ValueError(f"fit: {name} must be a whole number, got {shown(limit)}")
     if all(limit is None for limit in limits.values()) and (valid is None or not config.patience):
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")
-    if resume not in _RESUME:
+    if not isinstance(resume, (str, bool)) or resume not in _RESUME:
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")

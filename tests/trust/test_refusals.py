@@ -15,10 +15,18 @@ import torch
 
 from recgrela_ext import (
     DataError,
+    GRELAEncoder,
     IdMap,
     Interactions,
+    ItemTable,
+    RecGRELA,
+    SeenItems,
+    TrainConfig,
+    UserState,
+    UserStateStore,
     ops,
 )
+from tests.fuzz.saved import small_model
 
 
 def refused(
@@ -230,3 +238,81 @@ def test_frequencies_and_packed_weights() -> None:
         refused(lambda layers=layers: ops.pack_encoder(layers, frequencies), TypeError,
                 "^pack_encoder: layers must be a list of EncoderLayer, got ")  # fmt: skip
     refused(lambda: ops.pack_encoder([], None), TypeError, "^pack_encoder: inv_freq must be a ten")  # type: ignore[arg-type]
+
+
+MODEL = small_model().eval()
+ITEMS = torch.tensor([[1, 2], [3, 4]])
+WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    name: (call, error, text)
+    for name, call, error, text in (
+        ("sequences", lambda: SeenItems.from_sequences([[1, 2]]), TypeError,
+         "SeenItems.from_sequences: item_seq must be a tensor, got list"),
+        ("sequence lengths", lambda: SeenItems.from_sequences(ITEMS, [1, 2]), TypeError,
+         "SeenItems.from_sequences: item_seq_len must be a tensor"),
+        ("lists", lambda: SeenItems.from_lists(5), TypeError,
+         "SeenItems.from_lists: items must be a list per user, got 5"),
+        ("flat lists", lambda: SeenItems.from_lists([1, 2]), ValueError,
+         r"SeenItems.from_lists: items must be a list \[n\] per user, got 1"),
+        ("seen parts", lambda: SeenItems.cat([None]), TypeError,
+         r"SeenItems.cat: parts must be a list of SeenItems, got \[None\]"),
+        ("states", lambda: UserState.cat([None]), TypeError,
+         r"UserState.cat: states must be a list of UserState, got \[None\]"),
+        ("no states", lambda: UserState.cat(None), TypeError,
+         "UserState.cat: states must be a list of UserState, got None"),
+        ("selected", lambda: MODEL.init_state(2).select([0]), TypeError,
+         "UserState.select: users must be a tensor"),
+        ("state's device", lambda: MODEL.init_state(2).to("gpu"), ValueError,
+         "UserState.to: device must be usable, got 'gpu'"),
+        ("bytes' model", lambda: UserState.from_bytes(b"", None), TypeError,
+         "UserState.from_bytes: model must be a RecGRELA, got None"),
+        ("store's model", lambda: UserStateStore(None, 5), TypeError,
+         "UserStateStore: model must be a RecGRELA, got None"),
+        ("store's size", lambda: UserStateStore(MODEL, 2**39), ValueError,
+         "UserStateStore: capacity must fit in memory, got 549755813888 users .* of "),
+        ("store's device", lambda: UserStateStore(MODEL, 5, device="gpu"), ValueError,
+         "UserStateStore: device must be usable, got 'gpu'"),
+        ("store's path", lambda: UserStateStore.load(None, MODEL), TypeError,
+         "UserStateStore.load: path must be a path, got None"),
+        ("loaded store's model", lambda: UserStateStore.load("x", 5), TypeError,
+         "UserStateStore.load: model must be a RecGRELA, got 5"),
+        ("users", lambda: UserStateStore(MODEL, 5).lookup([[1], [2, 3]]), TypeError,
+         "UserStateStore.lookup: users must be a plain list, array or tensor, got"),
+        ("histories", lambda: UserStateStore(MODEL, 5).rebuild([1], None), TypeError,
+         "UserStateStore.rebuild: histories must be a list of lists, got None"),
+        ("table's model", lambda: ItemTable(None), TypeError,
+         "ItemTable: model must be a RecGRELA, got None"),
+        ("folder", lambda: RecGRELA.from_pretrained(None), TypeError,
+         "RecGRELA.from_pretrained: folder must be a path, got None"),
+        ("zero in a folder", lambda: MODEL.save_pretrained("a\0"), ValueError,
+         r"RecGRELA.save_pretrained: folder must be a path, got 'a\\x00'"),
+        ("training data", lambda: RecGRELA.for_data(None), TypeError,
+         "RecGRELA.for_data: train must be Sequences, got None"),
+        ("many users", lambda: MODEL.init_state(2**62), ValueError,
+         r"RecGRELA.init_state: batch_size must be below 2\*\*31"),
+        ("negatives", lambda: TrainConfig(num_negatives=2**62), ValueError,
+         r"TrainConfig: num_negatives must be below 2\*\*31, got 4611686018427387904"),
+        ("betas", lambda: TrainConfig(betas=None), ValueError,
+         "TrainConfig: betas must be two numbers, got None"),
+        ("nested items", lambda: MODEL(torch.nested.nested_tensor([ITEMS[0]])), ValueError,
+         "RecGRELA.forward: item_seq must be a dense tensor, got a nested tensor"),
+        ("layers", lambda: GRELAEncoder(8, None, 2), TypeError,
+         "GRELAEncoder: num_layers must be an int, got None"),
+        ("lengths", lambda: GRELAEncoder(8, 1, 2)(torch.ones(1, 2, 8), [1]), TypeError,
+         "GRELAEncoder: lengths must be a tensor, got list"),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("what", WRONG_CALLS)
+def test_arguments_of_models_and_states(what: str) -> None:
+    call, error, text = WRONG_CALLS[what]
+    refused(call, error, f"^{text}")
+
+
+def test_devices_of_saved_models(tmp_path: Path) -> None:
+    MODEL.save_pretrained(tmp_path)
+    for device in ("gpu", "cuda:99", [], 10**30):
+        refused(lambda device=device: RecGRELA.from_pretrained(tmp_path, device), ValueError,
+                r"^RecGRELA\.from_pretrained: device must be usable, got ")  # fmt: skip
+    assert RecGRELA.from_pretrained(tmp_path, "cpu").fingerprint() == MODEL.fingerprint()
