@@ -372,7 +372,8 @@ class RecGRELA(nn.Module):
         """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
 
         The padding item leaves its user untouched and returns the hidden state kept there. Always
-        in evaluation mode. Warns once when a user passes a million events.
+        in evaluation mode. Warns once in a process, when a user passes a million
+        events.
 
         Raises:
             ValueError, TypeError: wrong shape or type, an id that is no row of the item table, a

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
 MAX_EVENTS = 1_000_000
+_warned = False  # of sums that end, once in a process: services hold many states
 LAST_POSITION = 1 << 53  # beyond it float64 cannot tell positions apart
 
 # where the seen items begin (0: none), dtype, dtype of hidden, fingerprint, position, sizes
@@ -81,18 +82,19 @@ class _Clock:
     def __init__(self, position: Tensor, bound: int) -> None:
         self.position = position
         self.bound = bound
-        self.warned = False
 
     def advance(self, events: int) -> None:
+        global _warned
         self.bound += events
-        if self.bound <= MAX_EVENTS or self.warned or self.position.numel() == 0:
+        if self.bound <= MAX_EVENTS or _warned or self.position.numel() == 0:
             return
         self.bound = int(self.position.max())
         if self.bound > MAX_EVENTS:
-            self.warned = True
+            _warned = True
             warnings.warn(
                 f"UserState: a user has {self.bound} events; float32 sums are accurate up to "
-                f"{MAX_EVENTS}. Prefill this user's recent history into a fresh state",
+                f"{MAX_EVENTS}. Prefill this user's recent history into a fresh state. This is "
+                "said once in a process, whoever else gets there",
                 RuntimeWarning,
                 stacklevel=4,
             )
