@@ -118,7 +118,7 @@ def from_pretrained(
     folder = as_path(folder, caller, "folder")
     place = None if device is None else usable_device(device, caller)
     try:
-        fields = json.loads(_read(folder / CONFIG_FILE))
+        fields = json.loads(_read(folder / CONFIG_FILE).decode())  # bytes might be UTF-16
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

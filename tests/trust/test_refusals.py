@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from recgrela_ext import (
+    CheckpointError,
     DataError,
     GRELAEncoder,
     IdMap,
@@ -316,3 +317,15 @@ def test_devices_of_saved_models(tmp_path: Path) -> None:
         refused(lambda device=device: RecGRELA.from_pretrained(tmp_path, device), ValueError,
                 r"^RecGRELA\.from_pretrained: device must be usable, got ")  # fmt: skip
     assert RecGRELA.from_pretrained(tmp_path, "cpu").fingerprint() == MODEL.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["config.json", "id_map.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_is_plain_utf8(tmp_path: Path, name: str, encoding: str) -> None:
+    """The configuration was taken with a byte order mark, the id map was not."""
+    model = small_model()
+    model.id_map = IdMap(np.arange(2), np.arange(11))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text, encoding=encoding)
+    refused(lambda: RecGRELA.from_pretrained(tmp_path), CheckpointError, f"{name} must be .*JSON")
