@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import is_whole
+from ..arguments import check_whole
 from ..errors import shown
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -72,15 +72,10 @@ def inv_freq(
         ValueError: unknown ``rotary``, odd ``head_dim`` or a base not above 0.
         TypeError: ``num_heads`` or ``head_dim`` is no int.
     """
-    for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
-        if not is_whole(value):
-            raise TypeError(f"inv_freq: {name} must be an int, got {shown(value)}")
-    if not 1 <= num_heads < 2**31:
-        raise ValueError(f"inv_freq: num_heads must lie in 1..2**31-1, got {shown(num_heads)}")
-    if not 2 <= head_dim < 2**31 or head_dim % 2:
-        raise ValueError(
-            f"inv_freq: head_dim must be even and lie in 2..2**31-1, got {shown(head_dim)}"
-        )
+    check_whole(num_heads, "inv_freq", "num_heads")
+    check_whole(head_dim, "inv_freq", "head_dim", low=0)
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {shown(head_dim)}")
     if not isinstance(base, (float, int)) or not 0 < base < 1e300:
         raise ValueError(
             f"inv_freq: base must be a number above 0 and below 1e300, got {shown(base)}"

@@ -5,7 +5,11 @@ must be and what it was.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from recgrela_ext import (
     UserStateStore,
     ops,
 )
+from recgrela_ext.cli import main
 from tests.fuzz.saved import small_model
 
 
@@ -227,7 +232,7 @@ def test_frequencies_and_packed_weights() -> None:
         (("a", 4), TypeError, "num_heads must be an int, got 'a'"),
         ((True, 4), TypeError, "num_heads must be an int, got True"),
         ((2, 4.0), TypeError, r"head_dim must be an int, got 4\.0"),
-        ((2**40, 4), ValueError, r"num_heads must lie in 1\.\.2\*\*31-1"),
+        ((2**40, 4), ValueError, r"num_heads must be below 2\*\*31, got 1099511627776"),
         ((2, 4, None), ValueError, "rotary must be .*, got None"),
         ((2, 4, "none", "x"), ValueError, "base must be a number above 0 .*, got 'x'"),
         ((2, 4, "none", 10**400), ValueError, "base must be a number above 0 and below 1e300"),
@@ -329,3 +334,53 @@ def test_json_is_plain_utf8(tmp_path: Path, name: str, encoding: str) -> None:
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text(text, encoding=encoding)
     refused(lambda: RecGRELA.from_pretrained(tmp_path), CheckpointError, f"{name} must be .*JSON")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            "--num-negatives 4611686018427387904",
+            r"num_negatives must be below 2\*\*31, got 461",
+        ),
+        ("--device meta", "train: --device must hold values, got meta"),
+        (
+            "--hidden-size 65536",
+            r"memory of 1\.0 GiB, got 3,\d+\.. GiB of weights, gradients",
+        ),
+        ("--num-layers 60000 --paper", r"train: the model must fit .* of 1\.0 GiB, got \d+\.. GiB"),
+        ("--loss sampled --num-negatives 2000000000", "averages, scores of the negatives$"),
+    ],
+)
+def test_trainings_that_cannot_be(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    text: str,
+) -> None:
+    """Tracebacks, or a process killed without a word."""
+    monkeypatch.setattr("recgrela_ext.cli.train.os.sysconf", lambda _: 2**15)
+    data = tmp_path / "x.csv"
+    data.write_text("user,item,timestamp\n1,1,1\n1,2,2\n1,3,3\n")
+    command = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "1"]
+    assert main([*command, *options.split(), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(text, line)
+
+
+def test_interrupted_while_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recgrela_ext.cli.import_module", interrupted)
+    assert main(["info"]) == 130
+
+
+@pytest.mark.parametrize("name", ["soak", "matrix"])
+def test_help_of_the_trials(name: str) -> None:
+    module = import_module("tests.soak" if name == "soak" else "tests.matrix.__main__")
+    command = [sys.executable, "-m", f"tests.{name}", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert module.__doc__ is not None
+    assert module.__doc__.strip() in shown
