@@ -4,6 +4,7 @@ refused in one line that names it."""
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def as_array(values: Any, caller: str, name: str, error: type[Exception] = TypeE
         raise error(
             f"{caller}: {name} must be a plain list, array or tensor, got {shown(values)}"
         ) from None
+
+
+def is_one_of(value: Any, choices: Container[Any]) -> bool:
+    """`value in choices`, and no for lists and arrays, which cannot be looked for."""
+    try:
+        return value in choices
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def is_whole(value: Any) -> bool:

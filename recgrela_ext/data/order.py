@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recgrela_ext.arguments import is_whole
+from recgrela_ext.arguments import is_one_of, is_whole
 from recgrela_ext.data.ids import id_hashes, mix
 from recgrela_ext.errors import DataError, shown
 
@@ -36,7 +36,7 @@ class Ordered(NamedTuple):
 
 
 def check_order(order: str, has_time: bool, where: str) -> None:
-    if not isinstance(order, str) or order not in ORDERS:
+    if not is_one_of(order, ORDERS):
         raise DataError(f"{where}: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
     if not has_time and order not in ("file", "shuffled"):
         raise DataError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_whole
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 from ..ops.feed_forward import feed_forward, fits_kernel
 from ..ops.gated_rela import in_transform
@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, dropout: float = 0.1, activation: str = "gelu") -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if not is_one_of(activation, ACTIVATIONS):
             raise ValueError(
                 f"FeedForward: activation must be one of {', '.join(ACTIVATIONS)}, "
                 f"got {shown(activation)}"

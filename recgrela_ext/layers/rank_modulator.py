@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..arguments import check_whole
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 from .rela import RotaryEnhancedLinearAttention, State
 
@@ -48,11 +48,11 @@ class AdaptiveRankModulator(nn.Module):
         gate_activation: str = "silu",
     ) -> None:
         super().__init__()
-        if selector not in ("silu", "balance"):
+        if not is_one_of(selector, ("silu", "balance")):
             raise ValueError(
                 f"AdaptiveRankModulator: selector must be silu or balance, got {shown(selector)}"
             )
-        if gate_activation not in ACTIVATIONS:
+        if not is_one_of(gate_activation, ACTIVATIONS):
             raise ValueError(
                 "AdaptiveRankModulator: gate_activation must be one of "
                 f"{', '.join(ACTIVATIONS)}, got {shown(gate_activation)}"

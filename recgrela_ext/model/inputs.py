@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import is_one_of
 from ..errors import shown
 from ..layers.encoder import shift_rows
 from ..ops.checks import check_tensor
@@ -98,7 +99,7 @@ def check_form(
     caller: str, item_seq: Tensor, item_seq_len: Tensor | None, padding_side: str
 ) -> None:
     """Types and shapes of one batch."""
-    if padding_side not in ("right", "left"):
+    if not is_one_of(padding_side, ("right", "left")):
         raise ValueError(f"{caller}: padding_side must be right or left, got {shown(padding_side)}")
     check_integers(caller, "item_seq", item_seq)
     if item_seq.dim() != 2:

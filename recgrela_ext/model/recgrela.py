@@ -290,7 +290,7 @@ class RecGRELA(nn.Module):
         return self._top_k(hidden, k, batch.items if exclude else None, candidates, table)
 
     def _excludes(self, exclude_seen: bool | str) -> bool:
-        if exclude_seen == "auto":
+        if isinstance(exclude_seen, str) and exclude_seen == "auto":
             share = self.config.repeat_share
             return share is None or share <= _MANY_REPEATS
         if not isinstance(exclude_seen, bool):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import is_one_of
 from ..errors import shown
 from ..ops.checks import check_tensor
 from . import persistence
@@ -41,7 +42,7 @@ class ItemTable:
     def __init__(self, model: RecGRELA, dtype: torch.dtype | str = torch.int8) -> None:
         persistence.check_model("ItemTable", model)
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if found not in _FORMATS:
+        if not is_one_of(found, _FORMATS):
             raise ValueError(
                 "ItemTable: dtype must be one of float32, bfloat16, float16, int8, "
                 f"got {shown(dtype)}"

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_whole
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -80,7 +80,7 @@ def inv_freq(
         raise ValueError(
             f"inv_freq: base must be a number above 0 and below 1e300, got {shown(base)}"
         )
-    if not isinstance(rotary, str) or rotary not in ("full_width", "per_head", "none"):
+    if not is_one_of(rotary, ("full_width", "per_head", "none")):
         raise ValueError(
             f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.errors import shown
 
 _CHOICES = {
@@ -92,7 +93,7 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             told = ", ".join(str(choice) for choice in choices)
-            _require(value in choices, name, f"be one of {told}", value)
+            _require(is_one_of(value, choices), name, f"be one of {told}", value)
         whole = (
             "targets_per_step",
             "positions_per_pass",
