@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.data.text import first_line
 from recgrela_ext.errors import DataError, shown
 
@@ -57,7 +58,7 @@ def resolve(
     path: Path, format: str, user: str | None, item: str | None, time: str | None, order: str
 ) -> Source:
     """Find out what ``path`` is; DataError names what is missing or unknown."""
-    if format != "auto" and format not in FORMATS:
+    if not is_one_of(format, ("auto", *FORMATS)):
         raise DataError(
             f"from_file: format must be 'auto' or one of {', '.join(FORMATS)}, got {shown(format)}"
         )

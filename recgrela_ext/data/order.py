@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recgrela_ext.arguments import is_one_of, is_whole
 from recgrela_ext.data.ids import id_hashes, mix
 from recgrela_ext.errors import DataError, shown
 
@@ -35,13 +36,18 @@ class Ordered(NamedTuple):
 
 
 def check_order(order: str, has_time: bool, where: str) -> None:
-    if order not in ORDERS:
+    if not is_one_of(order, ORDERS):
         raise DataError(f"{where}: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
     if not has_time and order not in ("file", "shuffled"):
         raise DataError(
             f"{where}: order must be 'file' (or 'shuffled') when there is no time column, "
             f"got {shown(order)}"
         )
+
+
+def check_seed(seed: int, where: str) -> None:
+    if not is_whole(seed):
+        raise DataError(f"{where}: seed must be an int, got {shown(seed)}")
 
 
 def rule_time(time: np.ndarray | None, order: str) -> np.ndarray | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from recgrela_ext.arguments import as_array
 from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.errors import DataError
 
@@ -20,9 +21,9 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
         where: begins the error line.
         first_row, unit: number and word of the first row, for the error line.
     """
-    array = np.asarray(values)
+    array = as_array(values, where, "time", DataError)
     if array.dtype.kind in "OUST":
-        array = _from_objects(values, where, first_row, unit)
+        array = _from_objects(values if hasattr(values, "dtype") else array, where, first_row, unit)
     if array.dtype.kind == "M":
         missing = np.isnat(array)
         year = 1970 + array.astype("datetime64[Y]").astype(np.int64)
