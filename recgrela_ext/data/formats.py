@@ -155,12 +155,12 @@ def _text_columns(path: Path, kind: str) -> tuple[tuple[str, ...], str, bool]:
 
 
 def _parquet_columns(path: Path) -> tuple[str, ...]:
-    from recgrela_ext.data.optional import import_parquet
+    from recgrela_ext.data.optional import import_parquet, parquet_errors
 
     parquet = import_parquet("from_file")
     try:
         return tuple(parquet.read_schema(path).names)
-    except (OSError, ValueError) as error:
+    except parquet_errors("from_file") as error:
         found = " ".join(str(error).split())  # pyarrow ends some of its words with a new line
         raise DataError(f"from_file: {path} must be a Parquet file, got {found}") from None
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from recgrela_ext.arguments import as_path
 from recgrela_ext.data.formats import FORMATS, Source, resolve
 from recgrela_ext.data.ids import IdEncoder, column_ids, compact, lone_surrogate
-from recgrela_ext.data.optional import import_pandas, import_parquet, import_pyarrow
+from recgrela_ext.data.optional import import_pandas, import_parquet, parquet_errors
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
@@ -217,11 +217,10 @@ def _parquet_parts(
 
 def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
     """pandas frames; what cannot be read of them becomes a DataError."""
-    arrow = import_pyarrow(where)
     try:
         for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
             yield batch.to_pandas()
-    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
+    except parquet_errors(where) as error:
         raise DataError(
             f"{where}: cannot read the columns, {' '.join(str(error).split())}"
         ) from None
