@@ -228,3 +228,16 @@ def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
         RecGRELA.from_pretrained(tmp_path)
     with pytest.raises(StateError, match="must be a regular file"):
         UserStateStore.load(tmp_path / name, model)
+
+
+def test_times_with_a_zone_beyond_python_s_years(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    times = np.array(["2020-01-01T00", "2300-01-01T00"], dtype="datetime64[s]")
+    column = pandas.Series(times).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+    frame = pandas.DataFrame({"user": [1, 1], "item": [1, 2], "timestamp": column})
+    with pytest.raises(DataError, match=r"time must lie in the years 1678 to 2261, got 2300-01"):
+        Interactions.from_frame(frame)
+    frame["timestamp"] = column - pandas.Timedelta(days=50_000)
+    found = Interactions.from_frame(frame).time
+    assert found is not None
+    assert (found == (times - 50_000 * 86400).astype("datetime64[ns]").astype(np.int64)).all()
