@@ -90,11 +90,22 @@ def sort_rows(
             key = mix(users[user[rows]] ^ items[item[rows]])
             if order == "shuffled":
                 # A repeat of an item has the same hash; its time (or position) parts the two.
-                apart = rows if time is None else time[rows].astype(np.int64)
+                apart = rows if time is None else _distinct_ints(time[rows])
                 key = mix(key ^ apart.astype(np.uint64))
         group = np.cumsum(starts, dtype=np.int64)[places]
         index[places] = rows[np.lexsort((key, group))]
     return Ordered(index, tied)
+
+
+def _distinct_ints(time: np.ndarray) -> np.ndarray:
+    """Whole times as they are, others by their bits: int64 that differ where the times do."""
+    if time.dtype.kind != "f":
+        return time.astype(np.int64)
+    time = time.astype(np.float64)
+    ints = time.view(np.int64).copy()
+    whole = (np.abs(time) < 2.0**63) & (time == np.floor(time))
+    ints[whole] = time[whole].astype(np.int64)
+    return ints
 
 
 def _in_groups(starts: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from recgrela_ext import (
     UserState,
     UserStateStore,
 )
+from recgrela_ext.data.order import _distinct_ints
 from recgrela_ext.errors import shown
 from recgrela_ext.model import blob as framing
 from recgrela_ext.model.persistence import weights_digest
@@ -241,3 +242,12 @@ def test_times_with_a_zone_beyond_python_s_years(tmp_path: Path) -> None:
     found = Interactions.from_frame(frame).time
     assert found is not None
     assert (found == (times - 50_000 * 86400).astype("datetime64[ns]").astype(np.int64)).all()
+
+
+def test_shuffled_keeps_times_apart_that_differ_by_a_fraction_or_are_far() -> None:
+    """They were cut to whole numbers, and what int64 cannot hold was undefined."""
+    times = np.array([1.25, 1.5, 2.0, 1e300, 2e300, -3.0, -3.5])
+    with np.errstate(all="raise"):
+        ints = _distinct_ints(times)
+    assert len(set(ints.tolist())) == len(times)
+    assert ints[[2, 5]].tolist() == [2, -3]  # whole times as ever: the order of known data stays
