@@ -52,7 +52,10 @@ def check_seed(seed: int, where: str) -> None:
 
 def rule_time(time: np.ndarray | None, order: str) -> np.ndarray | None:
     """The time that the rule compares."""
-    return time.astype(np.float32) if time is not None and order == "recbole_float32" else time
+    if time is None or order != "recbole_float32":
+        return time
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and ties, there too
+        return time.astype(np.float32)
 
 
 def sort_rows(
