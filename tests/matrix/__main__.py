@@ -50,7 +50,9 @@ def requirement(torch: str) -> str:
 
 def uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tool = ROOT / "build/tools/bin/uv"
-    program = str(tool) if tool.exists() else "uv"
+    program = str(tool) if tool.exists() else shutil.which("uv")
+    if program is None:
+        raise SystemExit("tests.matrix: needs uv: `make matrix` installs it, or `pip install uv`")
     settings = {**os.environ, "UV_CACHE_DIR": str(WORK / "cache"), "RECGRELA_CUDA": "0"}
     try:
         return run(program, *arguments, env=settings, capture_output=True)
