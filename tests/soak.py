@@ -202,7 +202,7 @@ def soak(seconds: float, every: float, out: Path | None) -> dict[str, Any]:
     record: dict[str, Any] = {
         "kind": "soak",
         "seconds": seconds,
-        "versions": records.versions(),
+        "versions": {**records.versions(), "commit": records.commit()},
         "finished": False,
         "samples": [],
     }

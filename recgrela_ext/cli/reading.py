@@ -15,6 +15,7 @@ import numpy as np
 from recgrela_ext.data import IdMap, Interactions, Sequences, Targets
 from recgrela_ext.data.download import DATASETS
 from recgrela_ext.errors import CheckpointError, DataError, check_regular, shown
+from recgrela_ext.files import write_files
 
 if TYPE_CHECKING:
     from recgrela_ext import RecGRELA
@@ -135,10 +136,7 @@ class Reading:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         content = {"format": _FORMAT, "version": _VERSION, "reading": dataclasses.asdict(self)}
-        path = Path(folder) / RECORD_FILE
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_files({Path(folder) / RECORD_FILE: json.dumps(content, indent=2) + "\n"})
 
     def at(self, data: str | None) -> Reading:
         """The same reading of another file; of this one with None."""

@@ -12,6 +12,10 @@ def import_pandas(where: str) -> ModuleType:
     return _import("pandas", where)
 
 
+def import_pyarrow(where: str) -> ModuleType:
+    return _import("pyarrow", where)
+
+
 def import_parquet(where: str) -> ModuleType:
     return _import("pyarrow.parquet", where)
 

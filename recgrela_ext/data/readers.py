@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from recgrela_ext.data.formats import FORMATS, Source, resolve
 from recgrela_ext.data.ids import IdEncoder, compact
-from recgrela_ext.data.optional import import_pandas, import_parquet
+from recgrela_ext.data.optional import import_pandas, import_parquet, import_pyarrow
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
@@ -187,8 +187,7 @@ def _parquet_parts(
             disable=None if progress is None else not progress,
         ) as bar,
     ):
-        for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
-            chunk = batch.to_pandas()
+        for chunk in _parquet_chunks(file, wanted, where):
             rows = np.ones(len(chunk), dtype=bool)
             for name, values in keep.items():
                 rows &= chunk[name].astype(str).isin(values).to_numpy()
@@ -202,6 +201,18 @@ def _parquet_parts(
             )
             first += len(chunk)
             bar.update(len(chunk))
+
+
+def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
+    """pandas frames; what cannot be read of them becomes a DataError."""
+    arrow = import_pyarrow(where)
+    try:
+        for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
+            yield batch.to_pandas()
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
+        raise DataError(
+            f"{where}: cannot read the columns, {' '.join(str(error).split())}"
+        ) from None
 
 
 def _chunks(

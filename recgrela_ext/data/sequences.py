@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from recgrela_ext.errors import DataError, check_regular
+from recgrela_ext.files import write_files
 
 PADDING_ROW = 0
 _ID_MAP_FORMAT = "recgrela-id-map"
@@ -95,16 +96,7 @@ class IdMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON (UTF-8, atomically: a reader sees the old file or the new one)."""
-        target = Path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_files({Path(path): self.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> IdMap:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recgrela_ext.files import write_files
+
 VIEWS = {"seen_included": "every item competes", "seen_excluded": "seen items left out"}
 _SAME = ("model", "variant", "data", "order", "order_seed", "split", "target_sha256", "max_seq_len")
 
@@ -107,10 +109,4 @@ def format_table(result: dict[str, Any]) -> str:
 
 def write_result(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a result as JSON, atomically: a reader sees the old file or the whole new one."""
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_files({Path(path): json.dumps(result, indent=2, allow_nan=False) + "\n"})

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import CheckpointError, DataError, check_regular
+from ..files import write_files
 from ..layers.packing import pack
 from .config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE, RecGRELAConfig
 
@@ -93,13 +93,13 @@ def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     name = None if model.id_map is None else (model.config.id_map_file or ID_MAP_FILE)
     config = model.config.replace(id_map_file=name)
     fields = {**config.to_dict(), "weights_sha256": weights_digest(weights)}
-    files: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}  # the configuration, with the sums of the others, comes last
     if model.id_map is not None and name is not None:
         files[name] = model.id_map.to_json().encode()
         fields["id_map_sha256"] = hashlib.sha256(files[name]).hexdigest()
     files[WEIGHTS_FILE] = save(weights, metadata={"format": "pt"})
     files[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
-    _write(folder, files)
+    write_files({folder / name: content for name, content in files.items()})
 
 
 def from_pretrained(
@@ -257,23 +257,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} must be readable: {error.strerror}") from None
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace these files: all of them are on the disk before the first takes its name, so that an
-    error leaves what was there; each appears in one step."""
-    parts: dict[str, str] = {}
-    try:
-        for name, data in files.items():
-            handle, parts[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(parts[name], 0o644)
-        for name, part in parts.items():
-            os.replace(part, folder / name)
-    except BaseException:
-        for part in parts.values():
-            Path(part).unlink(missing_ok=True)
-        raise

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StateError, check_regular
+from ..files import replacing
 from .persistence import weights_digest
 from .pool import Pool
 from .state import LAST_POSITION
@@ -51,7 +50,7 @@ def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
         "sha256": {name: weights_digest({name: tensor}) for name, tensor in tensors.items()},
     }
     path = Path(path)
-    with _replacing(path) as temporary:
+    with replacing(path) as (temporary,):
         try:
             save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
         except SafetensorError as error:  # its only reason here: the disk
@@ -189,19 +188,3 @@ class _Reader:
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
         return tensor
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """A temporary file that takes the place of `path` at the end, once it is on the disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield name
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -26,6 +26,7 @@ import safetensors.torch
 from torch import Tensor
 
 from recgrela_ext.errors import CheckpointError, check_regular, shown
+from recgrela_ext.files import flush
 
 try:
     import fcntl
@@ -106,13 +107,13 @@ class CheckpointFolder:
             CheckpointError: the disk refuses; what was there stays.
         """
         place = self._place(step)
-        part = self.path / f".{place.name}.{os.getpid()}.part"
+        part, old = (self.path / f".{place.name}.{os.getpid()}{x}.part" for x in ("", ".old"))
         try:
             self._write(part, step, tensors, state)
             if place.exists():  # this step once more, after a restart from an earlier one
-                shutil.rmtree(place)
+                os.replace(place, old)  # `_prune` removes it
             os.replace(part, place)
-            _flush(self.path)
+            flush(self.path)
         except (OSError, safetensors.SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise CheckpointError(f"fit: {place} must be writable, got {error}") from None
@@ -137,7 +138,7 @@ class CheckpointFolder:
         content["sha256"] = _sha256_of_json(content)
         (folder / _STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (folder / _TENSORS, folder / _STATE, folder):
-            _flush(path)
+            flush(path)
 
     def load(self, step: int) -> Checkpoint:
         """Reads one checkpoint; CheckpointError when it is missing, torn or of another version."""
@@ -215,13 +216,3 @@ def _sha256_of_file(path: Path) -> str:
 
 def _sha256_of_json(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from recgrela_ext.files import write_files
+
 
 class EpochLog:
     """A file of JSON lines. A resumed run first drops the lines after its checkpoint."""
@@ -25,9 +27,7 @@ class EpochLog:
         if self.path.exists():  # a torn line is dropped, whatever its bytes
             old = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in old if _step_of(line) <= step]
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        write_files({self.path: "".join(f"{line}\n" for line in kept)})
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line."""

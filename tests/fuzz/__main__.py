@@ -1,11 +1,14 @@
-"""Coverage-guided fuzzing of everything that reads what others wrote; needs `pip install atheris`.
+"""Coverage-guided fuzzing of everything that reads what others wrote, and of every operator.
 
     python -m tests.fuzz states --runs 1000000      # stops at the first finding, which it keeps
     python -m tests.fuzz states --random --runs 1000000     # without atheris: random edits
     python -m tests.fuzz --replay                   # every kept input once, as the tests do
+    python -m tests.fuzz states -max_len=4096       # options of libFuzzer have one dash
 
+Coverage is counted by `pip install atheris`.
 A finding lands in tests/fuzz/corpus/<target>/found-...; the tests replay it from then on. Fix it
-and start again. What a run did is written to tests/trust/results/fuzz-<target>.json.
+and start again. What a run did is written to tests/trust/results/fuzz-<target>.json, with what
+the target accepted, by kind: a run that refused everything tried nothing, and fails.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import argparse
 import logging
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +30,7 @@ from typing import Any, NoReturn
 import torch
 
 from tests.fuzz import targets
+from tests.fuzz.draw import REFUSED
 from tests.trust import records
 
 MEMORY = 12 << 30  # bytes of address space: a file must not ask for more and get it
@@ -43,13 +49,15 @@ class Counted:
         self.earlier: dict[str, Any] = records.read(out) if out.exists() else {}
         self.versions = {**records.versions(), "commit": records.commit()}
         self.runs, self.slowest, self.found = 0, 0.0, ""
+        self.accepted: Counter[str] = Counter()
         self.start = self.written = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
         self.runs += 1
         begin, worked = time.monotonic(), time.process_time()
         try:
-            self.target(data)
+            accepted = self.target(data)
+            self.accepted[accepted] += 1
             took = time.process_time() - worked  # a busy machine is no finding
             self.slowest = max(self.slowest, took)
             assert took < LONGEST, f"one input took {took:.0f} s"
@@ -63,9 +71,9 @@ class Counted:
             self.written = begin
         # Here, and not by a flag of libFuzzer: that ends the process without what is registered.
         if self.runs >= self.most or (self.seconds and begin - self.start > self.seconds):
-            self.finish()
+            code = self.finish()
             sys.stdout.flush()
-            os._exit(0)
+            os._exit(code)
 
     def keep(self, data: bytes) -> str:
         place = targets.CORPUS / self.name / f"found-{targets.case_name(data)}"
@@ -80,11 +88,14 @@ class Counted:
         before = earlier.get("runs", {})
         runs = {**before, self.engine: before.get(self.engine, 0) + self.runs}
         since = earlier.get("runs_since_a_finding", 0) + self.runs
+        accepted = Counter({name: n for name, n in self.accepted.items() if name != REFUSED})
+        earlier_accepted = Counter[str](earlier.get("accepted", {}))
         seconds = earlier.get("seconds", 0.0) + time.monotonic() - self.start
         record = {
             "kind": "fuzz",
             "target": self.name,
             "runs": runs,
+            "accepted": dict(sorted((accepted + earlier_accepted).items())),
             "runs_since_a_finding": 0 if self.found else since,
             "seconds": round(seconds, 1),
             "slowest_seconds": round(max(self.slowest, earlier.get("slowest_seconds", 0.0)), 3),
@@ -93,12 +104,16 @@ class Counted:
         }
         records.write(self.out, record)
 
-    def finish(self) -> None:
-        """Writes the record."""
-        if not self.found:
-            self.write()
-            print(f"{self.name}: {self.runs} runs, nothing found", flush=True)
+    def finish(self) -> int:
+        """Writes the record; 1 where nothing was accepted."""
         self.folder.cleanup()
+        accepted = self.runs - self.accepted[REFUSED]
+        print(f"{self.name}: {self.runs} runs, nothing found; {accepted} accepted", flush=True)
+        if not accepted:
+            print(f"{self.name}: no run counts, every input was refused", file=sys.stderr)
+            return 1
+        self.write()
+        return 0
 
 
 def fast_folder() -> str | None:
@@ -161,15 +176,20 @@ def replay(names: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("target", nargs="?", choices=list(targets.TARGETS))
-    parser.add_argument("--runs", type=int, default=1_000_000)
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m tests.fuzz", description=__doc__, formatter_class=kind
+    )
+    parser.add_argument("target", nargs="?", choices=list(targets.TARGETS), help="what is called")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs, default %(default)s")
     parser.add_argument("--seconds", type=float, default=0.0, help="stop after this time")
     parser.add_argument("--random", action="store_true", help="without atheris")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--replay", action="store_true")
-    parser.add_argument("--results", type=Path, default=records.FOLDER)
+    parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument("--replay", action="store_true", help="the kept inputs alone")
+    parser.add_argument("--results", type=Path, default=records.FOLDER, help="folder of the record")
     options, flags = parser.parse_known_args()
+    if unknown := [x for x in flags if not re.fullmatch(r"-[a-z]\w*=\S*", x)]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+REFUSED = ""  # what a target gives for an input that it does not accept
 
 INTERESTING: tuple[Any, ...] = (
     None,

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 from urllib.parse import quote_from_bytes
 
-from tests.fuzz.draw import Draw, changed
+from tests.fuzz.draw import REFUSED, Draw, changed
 from tests.fuzz.saved import small_model
 
 SERVICE = Path(__file__).resolve().parents[2] / "python_examples" / "service.py"
@@ -60,7 +60,7 @@ class Requests:
         self.app = service.create_app(small_model(), self.storage)
         self.loop = asyncio.new_event_loop()
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes) -> str:
         if len(self.storage.blobs) > 50 or len(self.storage.events) > 500:
             self.storage.blobs.clear()
             self.storage.events.clear()
@@ -84,6 +84,7 @@ class Requests:
             status, answer = self.loop.run_until_complete(self.ask(method, path, query, body))
         assert status in ANSWERS, f"{method} {path} {query!r} {body!r}: {status}"
         json.loads(answer or b"null")
+        return f"{method} /{path.split('/')[1]}" if status == 200 and kind < 4 else REFUSED
 
     async def ask(self, method: str, path: str, query: bytes, body: bytes) -> tuple[int, bytes]:
         scope = {

@@ -35,7 +35,7 @@ from recgrela_ext.model import blob as framing
 from recgrela_ext.model.persistence import weights_digest
 from recgrela_ext.model.seen import STATE_MAGIC
 from recgrela_ext.training.checkpoint import CheckpointFolder
-from tests.fuzz.draw import Draw, changed, one_line
+from tests.fuzz.draw import REFUSED, Draw, changed, one_line
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -60,8 +60,8 @@ class States:
         self.blobs = [state.to_bytes(0, name, seen) for name in formats]
         self.blobs += [state.to_bytes(0), seen.to_bytes(0)]
 
-    def __call__(self, data: bytes) -> None:
-        draw = Draw(data)
+    def __call__(self, data: bytes) -> str:
+        draw, accepted = Draw(data), list[str]()
         blob = draw.one_of(self.blobs)
         kind = draw.below(4)
         if kind == 0:
@@ -76,6 +76,7 @@ class States:
                 warnings.simplefilter("ignore", RuntimeWarning)  # a state of a million events
                 state = UserState.from_bytes(blob, self.model)
                 self.model.step(torch.tensor([1]), state)
+            accepted.append("state")
         except StateError as error:
             one_line(error)
         try:
@@ -86,6 +87,8 @@ class States:
             seen.add([5])
             ids = seen.ids(0)
             assert (np.diff(ids) > 0).all()
+            accepted.append("seen items")
+        return " and ".join(accepted)
 
 
 @contextlib.contextmanager
@@ -108,7 +111,7 @@ class Models:
         self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
         self.weights = {name: t.clone() for name, t in model.state_dict().items()}
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes) -> str:
         draw = Draw(data)
         files = dict(self.files)
         kind = draw.below(6)
@@ -132,11 +135,13 @@ class Models:
                 model = RecGRELA.from_pretrained(self.folder)
         except CheckpointError as error:
             one_line(error)
-            return
+            return REFUSED
         if model.id_map is not None and model.id_map.num_items:
             model.id_map.title(1)
         if model.config.rows <= 1000 and model.config.max_seq_len <= 1000:
             model.recommend(torch.tensor([[1, 1]]), k=2)
+            return "loaded, recommends"
+        return "loaded, too large to try"
 
     def other_weights(self, draw: Draw, files: dict[str, bytes]) -> None:
         weights = edited_tensors(draw, self.weights)
@@ -165,7 +170,7 @@ class Stores:
             facts = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["facts"])
             self.whole.append((content, load(content), facts))
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes) -> str:
         draw = Draw(data)
         whole, tensors, facts = draw.one_of(self.whole)
         kind = draw.below(4)
@@ -179,19 +184,22 @@ class Stores:
             store = UserStateStore.load(self.path, self.model)
         except StateError as error:
             one_line(error)
-            return
+            return REFUSED
         users = store.users
         assert len(store) == len(np.unique(users)) == len(users)
         store.lookup(users)
+        stepped = "and steps"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 store.step(np.arange(100, 108), torch.ones(8, dtype=torch.int64))
         except StateError as error:
             one_line(error)  # a state that does not fit at rest
+            stepped = "and does not step"
         store.evict(oldest=3)
         store.save(self.path)
         UserStateStore.load(self.path, self.model)
+        return f"loaded {stepped}"
 
     def rewrite(self, draw: Draw, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Other tensors or facts, with checksums that fit."""
@@ -218,7 +226,7 @@ class Checkpoints:
         self.checkpoints.save(1, self.tensors, {"position": {"step": 1}})
         self.newest.mkdir()
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes) -> str:
         draw = Draw(data)
         files = dict(self.files)
         kind = draw.below(4)
@@ -240,6 +248,7 @@ class Checkpoints:
             found = self.checkpoints.load_newest()
         assert found is not None
         assert found.step in (1, 2)
+        return "the edited checkpoint" if found.step == 2 else REFUSED
 
 
 def edited_tensors(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The fuzz targets by name.
 
-A target is made with an empty folder and called with bytes: it returns, or an exception says what
-it found.
+A target is made with an empty folder and called with bytes: it returns what kind of input it
+accepted, REFUSED where none, or an exception says what it found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 CORPUS = Path(__file__).with_name("corpus")
-Target = Callable[[bytes], None]
+Target = Callable[[bytes], str]
 
 # name -> module, class; imported when asked for: each needs other packages
 TARGETS = {

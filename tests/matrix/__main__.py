@@ -136,6 +136,7 @@ def cell(python: Path, wheel: Path) -> dict[str, Any]:
     return {
         "torch": version,
         "passed": passed,
+        "date": records.today(),
         "summary": last.strip("= "),
         "symbols_missing": missing_symbols(python, wheel),
         "commit": records.commit(),

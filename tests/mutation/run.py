@@ -139,6 +139,7 @@ class Queue:
             if one["outcome"] == SURVIVED and name in EXPLAINED:
                 one["why"] = EXPLAINED[name]
         facts = {"kind": "mutation", "of": self.kind, "complete": complete}
+        facts["commit"] = records.commit()  # all of these hold at it
         facts |= {**summary(self.outcomes), "versions": records.versions()}
         records.write(self.out, {**facts, "outcomes": self.outcomes})
 

@@ -110,7 +110,7 @@ def make_problem(
         B = len(packed)
         options["cu_seqlens"] = torch.tensor([0, *packed]).cumsum(0)
     if lengths is not None:
-        options["lengths"] = torch.tensor(lengths)
+        options["lengths"] = torch.tensor(lengths, dtype=torch.int64)
     shape = (B, L, H, D) if packed is None else (sum(packed), H, D)
     storage = torch.float32 if dtype == torch.float64 else dtype
 

@@ -33,38 +33,54 @@ INPUTS = {
     "operators": "arguments of every operator, public and raw",
 }
 
+Row = tuple[str, str, str, str]  # what, how often, found, of which commit on which day
+
 ENGINES = {"random": "random edits", "atheris": "coverage-guided"}
+
+
+def when(record: dict[str, Any]) -> str:
+    """The commit it ran on, and whether sources differed from it; the day it was written."""
+    commit = record.get("commit") or record["versions"]["commit"]
+    return f"{commit.partition('-')[0][:7]}{commit[12:]}, {record['date']}"
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def fuzz_row(record: dict[str, Any]) -> tuple[str, str, str]:
+def fuzz_row(record: dict[str, Any]) -> Row:
     since = number(record["runs_since_a_finding"])
     engines = ", ".join(f"{number(n)} {ENGINES[name]}" for name, n in record["runs"].items())
     tried = f"{engines}, {number(record['seconds'] / 60)} min"
     found = f"{len(record['findings'])} while it ran; none in the last {since}"
-    return f"fuzzing: {INPUTS[record['target']]}", tried, found
+    if counted := record.get("accepted"):
+        found += f"; accepted {number(sum(counted.values()))} in {len(counted)} kinds"
+    return f"fuzzing: {INPUTS[record['target']]}", tried, found, when(record)
 
 
-def soak_row(record: dict[str, Any]) -> tuple[str, str, str]:
+def soak_row(record: dict[str, Any]) -> Row:
     samples, verdict = record["samples"], record["verdict"]
     hours = samples[-1]["seconds"] / 3600
     tried = f"{hours:.1f} h, {samples[-1]['rounds']} rounds, {len(samples)} samples"
     found = "; ".join(verdict["findings"]) or "flat"
     slope = f"{verdict['rss_mib_per_hour']} MiB an hour" if "rss_mib_per_hour" in verdict else ""
     ended = "" if record["finished"] else ", cut short"
-    return "soak: training, streaming, retrieval, saving", tried + ended, f"{found}, {slope}"
+    return (
+        "soak: training, streaming, retrieval, saving",
+        tried + ended,
+        f"{found}, {slope}",
+        when(record),
+    )
 
 
-def mutation_row(record: dict[str, Any]) -> tuple[str, str, str]:
+def mutation_row(record: dict[str, Any]) -> Row:
     """Every mutant counts, those that no test can tell from the kernels as well."""
     killed, mutants = record["killed"], record["mutants"]
     tried = f"{mutants} mutants" + ("" if record["complete"] else ", cut short")
     found = f"{killed} killed ({100 * killed / mutants:.1f} %), {record['survived']} live, "
+    found += f"{record['explained']} of them explained below"
     what = {"cpu": "CPU kernels, wrappers, checks", "cuda": "CUDA kernels on the host"}
-    return f"mutation of {what[record['of']]}", tried, f"{found}{record['explained']} explained"
+    return f"mutation of {what[record['of']]}", tried, found, when(record)
 
 
 def survivors() -> list[str]:
@@ -80,25 +96,28 @@ def survivors() -> list[str]:
     return found
 
 
-def matrix_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+def matrix_rows(record: dict[str, Any]) -> list[Row]:
     rows = [
         (
             f"Python {name.split()[0]}, torch {cell['torch']}",
             "wheel, tests/ops, torch's symbols",
             f"{cell['summary']}; {len(cell['symbols_missing'])} symbols missing",
+            when(cell),
         )
         for name, cell in record["cells"].items()
     ]
     symbols = record.get("symbols", {})
     asked = ", ".join(f"{kind} {version}" for kind, version in symbols.items())
-    return [*rows, ("oldest system", "symbols of the wheel", asked)] if symbols else rows
+    return (
+        [*rows, ("oldest system", "symbols of the wheel", asked, when(record))] if symbols else rows
+    )
 
 
-def other_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    return record["what"], record["tried"], record["found"]
+def other_row(record: dict[str, Any]) -> Row:
+    return record["what"], record["tried"], record["found"], when(record)
 
 
-def rows() -> list[tuple[str, str, str]]:
+def rows() -> list[Row]:
     found = []
     for path in sorted(records.FOLDER.glob("*.json")):
         record = records.read(path)
@@ -115,7 +134,7 @@ def page() -> str:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    table = ["| what | how often | found |", "|---|---|---|"]
+    table = ["| what | how often | found | commit, day |", "|---|---|---|---|"]
     table += [f"| {' | '.join(row)} |" for row in rows()]
     lines = [*table, "", "Mutants that live:", "", *(survivors() or ["none"])]
     return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}"

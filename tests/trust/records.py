@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -13,7 +14,8 @@ FOLDER = Path(__file__).with_name("results")
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Replace `path` by `record` in one step."""
+    """Replace `path` by `record` in one step; it gets the day."""
+    record = {**record, "date": today()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -24,6 +26,10 @@ def read(path: Path) -> dict[str, Any]:
     """What `write` wrote."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""Files that take their place whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
+    """Empty files to be written, which take the names of `paths` at the end.
+
+    All of them are on the disk before the first takes its name, so that an error leaves what was
+    there, and a process killed before that does too. Each name changes in one step; several do so
+    in the order of `paths`.
+    """
+    targets = [Path(path) for path in paths]
+    parts: list[Path] = []
+    try:
+        for target in targets:
+            part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+            part.open("xb").close()
+            parts.append(part)
+        yield parts
+        for part in parts:
+            flush(part)
+        for part, target in zip(parts, targets, strict=True):
+            os.replace(part, target)
+        for folder in {target.parent for target in targets}:
+            flush(folder)
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_files(files: Mapping[Path, bytes | str]) -> None:
+    """`replacing` for contents at hand; text as UTF-8."""
+    with replacing(*files) as parts:
+        for part, content in zip(parts, files.values(), strict=True):
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def flush(path: Path) -> None:
+    """A file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,160 @@
+"""Calls of every public operator, one or two arguments spoiled; each gives what accepted them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recgrela_ext import ops
+from recgrela_ext.ops import reference
+from recgrela_ext.ops.activation_dropout import activation_dropout
+from recgrela_ext.ops.encoder_step import encoder_step, reference_encoder_step
+from recgrela_ext.ops.topk_scores import reference_topk_scores
+from tests.fuzz import operator_arguments as make
+from tests.fuzz.draw import REFUSED, Draw
+from tests.fuzz.operator_arguments import FLOATS, Arguments, spoil_one
+from tests.fuzz.operator_results import (
+    GRADIENTS,
+    Call,
+    alike,
+    compare,
+    copied,
+    farthest,
+    gradients,
+)
+
+
+def sequence(draw: Draw) -> str:
+    arguments = make.problem(draw).arguments()
+    name = "gated_rela"
+    if draw.byte() % 4 == 0:
+        name = "rela"
+        for unused in ("gate", "conv_weight", "conv_bias"):
+            arguments.pop(unused)
+        state = arguments["initial_state"]
+        if state is not None:
+            arguments["initial_state"] = (*state[:2], state[2][:, :0], state[3])
+    arguments = spoil_one(draw, arguments)
+    dtype = getattr(arguments["q"], "dtype", None)
+    call, plain = getattr(ops, name), getattr(reference, name)
+    far = farthest(arguments["initial_state"])
+    return compare(name, lambda: call(**arguments), lambda: plain(**arguments), dtype, far)
+
+
+def step(draw: Draw) -> str:
+    arguments = spoil_one(draw, make.step_arguments(draw))
+    state = arguments["state"]
+    again = {**arguments, "state": copied(state)}
+    return compare(
+        "gated_rela_step",
+        lambda: (ops.gated_rela_step(**arguments), *state[:3]),
+        lambda: (reference.gated_rela_step(**again), *again["state"][:3]),
+        getattr(arguments["q"], "dtype", None),
+        farthest(state),
+    )
+
+
+def encoder(draw: Draw) -> str:
+    packed, x, rows, position = make.packed_encoder(draw)
+    active = torch.rand(len(x)) > 0.3 if draw.flag() else None
+    named = {"item_vectors": x, "packed_weights": packed, "state": (rows, position)}
+    arguments = spoil_one(draw, {**named, "active": active})
+    state, copies = arguments["state"], copied(arguments["state"])
+    return compare(
+        "encoder_step",
+        lambda: (encoder_step(**arguments), state[0]),
+        lambda: (reference_encoder_step(
+            arguments["item_vectors"], packed, copies, arguments["active"]), copies[0]),
+        packed.weights.dtype, farthest(state),
+    )  # fmt: skip
+
+
+def topk(draw: Draw) -> str:
+    arguments = spoil_one(draw, make.topk_arguments(draw))
+    if isinstance(arguments["k"], int) and 10**6 < arguments["k"] < 2**31:
+        return REFUSED  # gigabytes of padding, as asked for
+    return compare(
+        "topk_scores",
+        lambda: ops.topk_scores(**arguments),
+        lambda: reference_topk_scores(**arguments),
+        torch.float64,  # whole numbers: exact
+    )
+
+
+def dropout(draw: Draw) -> str:
+    arguments = spoil_one(draw, make.dropout_arguments(draw))
+    return compare(
+        "activation_dropout",
+        lambda: activation_dropout(**arguments),
+        lambda: reference.activation_dropout(**arguments),
+        getattr(arguments["x"], "dtype", None),
+    )
+
+
+def feed_forward(draw: Draw) -> str:
+    arguments = spoil_one(draw, make.feed_forward_arguments(draw))
+    return compare(
+        "feed_forward",
+        lambda: ops.feed_forward(**arguments),
+        lambda: reference.feed_forward(**arguments),
+        getattr(arguments["x"], "dtype", None),
+    )
+
+
+def softmax(draw: Draw) -> str:
+    arguments = make.softmax_arguments(draw)
+    bias = spoil_one(draw, make.bias_arguments(draw, arguments))
+    arguments = spoil_one(draw, arguments)
+    if bias["items"] is not None:
+        arguments["bias"] = ops.LogitBias(**bias)
+    return compare(
+        "softmax_loss",
+        lambda: ops.softmax_loss(**arguments),
+        lambda: reference.softmax_loss(**arguments),
+        getattr(arguments["hidden"], "dtype", None),
+    )
+
+
+# Gradients through autograd, of arguments as they should be.
+
+
+def sequence_gradients(draw: Draw) -> str:
+    problem = make.problem(draw)
+    arguments, name = problem.arguments(), "gated_rela"
+    if problem.q.dtype not in GRADIENTS:
+        return REFUSED
+    names = [n for n in FLOATS if arguments[n] is not None]
+    found = gradients(ops.gated_rela, arguments, names)
+    alike(found, gradients(reference.gated_rela, arguments, names), problem.q.dtype, name)
+    return f"{name}, gradients"
+
+
+def dropout_gradients(draw: Draw) -> str:
+    return compare_gradients(
+        "activation_dropout", activation_dropout, reference.activation_dropout,
+        make.dropout_arguments(draw), ("x", "residual"),
+    )  # fmt: skip
+
+
+def feed_forward_gradients(draw: Draw) -> str:
+    arguments = make.feed_forward_arguments(draw)
+    names = [n for n, x in arguments.items() if isinstance(x, Tensor)]
+    plain = reference.feed_forward
+    return compare_gradients("feed_forward", ops.feed_forward, plain, arguments, names)
+
+
+def compare_gradients(
+    name: str,
+    call: Call,
+    plain: Call,
+    arguments: Arguments,
+    names: Sequence[str],
+) -> str:
+    dtype = next(x.dtype for n in names if (x := arguments[n]) is not None)
+    if dtype not in GRADIENTS:
+        return REFUSED
+    found, wanted = (gradients(one, arguments, names) for one in (call, plain))
+    alike(found, wanted, dtype, f"{name}, gradients")
+    return f"{name}, gradients"
