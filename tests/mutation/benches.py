@@ -43,7 +43,9 @@ LIKELY: dict[str, tuple[str, tuple[str, ...]]] = {
     "feed_forward": ("test_tiles", ("feed_forward",)),
     "gated_rela_step": ("test_kernels", ("gated_rela_step", "bad_inputs")),
     "gelu": ("test_activation_dropout", ("activation_dropout", "feed_forward")),
+    "kernels": ("", ("gated_rela", "topk_scores")),
     "matrix_blocks": ("test_tiles", ("feed_forward", "softmax_loss")),
+    "params": ("", ("gated_rela", "torch_features")),
     "rela": ("", ("rela", "bad_inputs")),
     "softmax_loss": ("test_tiles", ("softmax_loss",)),
     "storage": ("test_kernels", ("gated_rela", "topk_scores")),
@@ -124,25 +126,27 @@ class Bench(ABC):
     flags: tuple[str, ...]
 
     def __init__(self) -> None:
-        digest = hashlib.sha256(repr((self.flags, compiler())).encode())
-        for path in sorted(self.sources()):
-            digest.update(path.read_bytes())
-        self.folder = WORK / f"{self.kind}-{digest.hexdigest()[:12]}"
+        self.folder = WORK / self.kind
         self.folder.mkdir(parents=True, exist_ok=True)
-        for source in self.units():
-            target = self.object_of(source)
+        units = self.units()
+        self.kept = {source: self.folder / self.name_of(source) for source in units}
+        for source, target in self.kept.items():
             if not target.exists():
                 assert build(ROOT, self.flags, source, target), f"{source} must compile"
-        passed = self.folder / "passed"
+        digest = hashlib.sha256(repr(sorted(map(str, self.kept.values()))).encode())
+        passed = self.folder / f"passed-{digest.hexdigest()[:12]}"
         if not passed.exists():  # asked once for a state of the sources
             with tempfile.TemporaryDirectory(dir=self.folder) as tree:
                 found = self.unbroken(Path(tree))
             assert found == SURVIVED, f"the kernels as they are: {found}"
             passed.touch()
 
-    def sources(self) -> Iterator[Path]:
-        for folder in ("csrc", "tests/cpp", "tests/cuda_shim"):
-            yield from (p for p in (ROOT / folder).rglob("*") if p.suffix != ".pyc" and p.is_file())
+    def name_of(self, source: str) -> str:
+        """The object's name holds what it is made of."""
+        digest = hashlib.sha256(repr((self.flags, compiler())).encode())
+        for path in sorted(included(ROOT / source, (CSRC, ROOT / "tests/cuda_shim"))):
+            digest.update(path.read_bytes())
+        return f"{Path(source).name}-{digest.hexdigest()[:12]}.o"
 
     @abstractmethod
     def units(self) -> list[str]:
@@ -157,7 +161,7 @@ class Bench(ABC):
         """What the quick tests say of a mutant; of a survivor those that take minutes."""
 
     def object_of(self, source: str) -> Path:
-        return self.folder / f"{Path(source).name}.o"
+        return self.kept[source]
 
     def users(self, mutant: Mutant) -> list[str]:
         return [x for x in self.units() if CSRC / mutant.file in included(ROOT / x)]
@@ -266,7 +270,7 @@ class CpuBench(Bench):
         settings = {"RECGRELA_CPU_LEVEL": level} if level else {}
         settings["ASAN_OPTIONS"] = "hard_rss_limit_mb=8000"  # it cannot live with RLIMIT_AS
         for name in sorted(PROGRAMS, key=lambda test: test != first):
-            objects = [*self.objects(changed, kernels), self.object_of(f"{name}.cpp")]
+            objects = [*self.objects(changed, kernels), self.object_of(f"tests/cpp/{name}.cpp")]
             link(objects, tree / name, *self.link_flags)
             command = [str(tree / name), *PROGRAMS[name]]
             seconds, memory = SECONDS[self.kind], MEMORY[self.kind]

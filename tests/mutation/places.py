@@ -139,19 +139,17 @@ def draw(mutants: list[Mutant], outcome: Callable[[Mutant], str]) -> Iterator[Mu
 
 
 @cache
-def included(path: Path, root: Path = CSRC) -> frozenset[Path]:
-    """The file and what it includes in quotes, and so on."""
+def included(path: Path, roots: tuple[Path, ...] = (CSRC,)) -> frozenset[Path]:
+    """The file and what it includes of its own folder and `roots`, and so on."""
     found, todo = set[Path](), [path]
     while todo:
         one = todo.pop()
         if one in found:
             continue
         found.add(one)
-        for line in one.read_text(encoding="utf-8").splitlines():
-            if line.startswith('#include "'):
-                name = line.split('"')[1]
-                near = [folder / name for folder in (one.parent, root)]
-                todo += [x.resolve() for x in near if x.is_file()][:1]
+        for name in re.findall(r'^#include ["<](.+)[">]', one.read_text(encoding="utf-8"), re.M):
+            near = [folder / name for folder in (one.parent, *roots)]
+            todo += [x.resolve() for x in near if x.is_file()][:1]
     return frozenset(found)
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.mutation import places as module
 from tests.mutation import run
 from tests.mutation.benches import likely
+from tests.mutation.explained import EXPLAINED
 from tests.mutation.places import EACH, NONE, SURVIVED, Mutant, draw, places, places_in
 from tests.trust import records
 
@@ -93,6 +94,11 @@ def test_the_likely_tests_are_there() -> None:
         program, tests = likely(mutant)
         assert not program or (module.ROOT / f"tests/cpp/{program}.cpp").exists()
         assert all((module.ROOT / f"tests/ops/test_{name}.py").exists() for name in tests)
+
+
+def test_what_is_explained_is_there() -> None:
+    there = {mutant.name for kind in ("cpu", "cuda") for mutant in places(kind)}
+    assert set(EXPLAINED) <= there
 
 
 def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
