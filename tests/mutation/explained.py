@@ -61,4 +61,15 @@ EXPLAINED: dict[str, str] = {
         "the shim's stand-in for a copy from the GPU, which no kernel and no program of the "
         "shim calls"
     ),
+    "cpu/simd.h:22 <= -> < | for (; i + kLanes<A> <= count; i += kLanes<A>) "
+    "store_vector(f(load_vector(x + i)), x + i);": (
+        "the last whole vector is copied, as a part of one is: the same function of its lanes"
+    ),
+    "cpu/softmax_loss.cpp:47 - -> + | int64_t chunk = std::min((busy + p.group_rows - 1) / "
+    "p.group_rows, at_once / p.group_rows);": (
+        "how many groups are scored at once: their memory, each group's sums are the same"
+    ),
+    "cpu/topk_heap.h:33 > -> >= | for (int64_t last = k - 1; last > 0; --last) {": (
+        "one step more puts the only entry left where it is"
+    ),
 }
