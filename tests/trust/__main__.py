@@ -74,11 +74,12 @@ def soak_row(record: dict[str, Any]) -> Row:
 
 
 def mutation_row(record: dict[str, Any]) -> Row:
-    """Every mutant counts, those that no test can tell from the kernels as well."""
-    killed, mutants = record["killed"], record["mutants"]
-    tried = f"{mutants} mutants" + ("" if record["complete"] else ", cut short")
-    found = f"{killed} killed ({100 * killed / mutants:.1f} %), {record['survived']} live, "
-    found += f"{record['explained']} of them explained below"
+    """The share is of those that a test could tell: explained ones give the same results."""
+    killed, explained = record["killed"], record["explained"]
+    left = record["mutants"] - explained
+    tried = f"{record['mutants']} mutants" + ("" if record["complete"] else ", cut short")
+    found = f"{killed} killed, {record['survived']} live, {explained} of them explained below"
+    found += f": {100 * killed / left:.1f} % of the other {left}"
     what = {"cpu": "CPU kernels, wrappers, checks", "cuda": "CUDA kernels on the host"}
     return f"mutation of {what[record['of']]}", tried, found, when(record)
 
