@@ -24,6 +24,7 @@ WORK = ROOT / "build/mutation"
 CPU_FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
 CPU_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Icsrc"]
 CPU_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+ASAN = "-fsanitize=address"
 LEVELS = ("avx2", "avx512", "baseline")  # the first whose code a mutant changes is tested
 PROGRAMS = {  # cheapest first, but for the file's own
     "test_kernels": [],
@@ -202,7 +203,6 @@ def level_of(source: str) -> str:
 
 class CpuBench(Bench):
     kind, flags = "cpu", tuple(CPU_FLAGS)
-    link_flags: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         import torch
@@ -257,26 +257,44 @@ class CpuBench(Bench):
             level = next(filter(None, map(level_of, changed)), "")
             found = self.in_cpp(tree, changed, level, first) if programs else SURVIVED
             return found if found != SURVIVED else self.in_python(tree, own, changed, "python")
-        found = SanitizedBench().run(mutant, survivor=False) if programs else SURVIVED
-        if found not in (SURVIVED, *NONE):
-            return found
+        for source in filter(level_of, changed if programs else ()):
+            found = self.sanitized(tree, source, first)
+            if found != SURVIVED:
+                return found
         others = sorted(path for path in own[0].parent.glob("test_*.py") if path not in own)
         others += [ROOT / f"tests/trust/test_{name}.py" for name in ("isolation", "extremes")]
         return self.in_python(tree, others, changed, "all")
 
-    def in_cpp(self, tree: Path, changed: dict[str, Path], level: str, first: str) -> str:
+    def sanitized(self, tree: Path, source: str, first: str) -> str:
+        """The programs on one level that shows reads and writes outside of what it was given."""
+        flags = (*self.flags, ASAN)
+        passed = self.kept[source].with_suffix(".sanitized")
+        if not passed.exists():
+            usual = tree / "usual.o"
+            assert build(ROOT, flags, source, usual)
+            found = self.in_cpp(tree, {source: usual}, level_of(source), first, "sanitized")
+            assert found == SURVIVED, f"the kernels as they are: {found}"
+            passed.touch()
+        target = tree / "sanitized.o"
+        if not build(tree, flags, source, target):
+            return SURVIVED
+        return self.in_cpp(tree, {source: target}, level_of(source), first, "sanitized")
+
+    def in_cpp(
+        self, tree: Path, changed: dict[str, Path], level: str, first: str, how: str = "cpu"
+    ) -> str:
         """The programs of tests/cpp."""
         kernels = [x for x in self.units() if x.startswith("csrc/cpu/level")]
         settings = {"RECGRELA_CPU_LEVEL": level} if level else {}
         settings["ASAN_OPTIONS"] = "hard_rss_limit_mb=8000"  # it cannot live with RLIMIT_AS
+        options = [] if how == "cpu" else [ASAN]
         for name in sorted(PROGRAMS, key=lambda test: test != first):
             objects = [*self.objects(changed, kernels), self.object_of(f"tests/cpp/{name}.cpp")]
-            link(objects, tree / name, *self.link_flags)
+            link(objects, tree / name, *options)
             command = [str(tree / name), *PROGRAMS[name]]
-            seconds, memory = SECONDS[self.kind], MEMORY[self.kind]
-            code, _ = run_limited(command, tree, seconds, memory, **settings)
+            code, _ = run_limited(command, tree, SECONDS[how], MEMORY[how], **settings)
             assert code != NO_LEVEL, f"this machine has no {level}"
-            found = verdict(name if self.kind == "cpu" else f"{name}, {self.kind}", code)
+            found = verdict(name if how == "cpu" else f"{name}, {how}", code)
             if found != SURVIVED:
                 return found
         return SURVIVED
@@ -302,27 +320,6 @@ class CpuBench(Bench):
         code, text = run_limited(command, tree, SECONDS[limit], MEMORY["python"], **settings)
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?:\[| - |$)", text, flags=re.MULTILINE)
         return verdict(failed[0] if failed else "tests/ops", code)
-
-
-class SanitizedBench(CpuBench):
-    """The same C++ tests; what is read outside its memory changes no number."""
-
-    kind = "sanitized"
-    link_flags = ("-fsanitize=address,undefined",)
-    flags = (*CPU_FLAGS, *link_flags, "-fno-sanitize-recover=all")
-
-    def units(self) -> list[str]:
-        return [x for x in super().units() if "tests/" in x or x.startswith("csrc/cpu/level")]
-
-    def unbroken(self, tree: Path) -> str:
-        return self.in_cpp(tree, {}, self.levels[0], "")
-
-    def judge(self, tree: Path, mutant: Mutant, survivor: bool) -> str:
-        changed = self.changes(tree, mutant)
-        if isinstance(changed, str):
-            return changed
-        level = next(filter(None, map(level_of, changed)), "")
-        return self.in_cpp(tree, changed, level, likely(mutant)[0])
 
 
 class CudaBench(Bench):

@@ -79,4 +79,7 @@ EXPLAINED: dict[str, str] = {
     "cpu/topk_scores.h:55 / -> * | const int64_t share = (p.num_items + p.parts - 1) / p.parts;": (
         "how the items are shared out: the first part has them all, with the same best ones"
     ),
+    "cuda/generic.cuh:42 == -> != | if (done != 0 && done % kRecentItems == 0) this->settle();": (
+        "when the recent items' gradients join the others: rounding alone"
+    ),
 }

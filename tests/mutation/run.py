@@ -20,8 +20,7 @@ The tests. A mutant of a CPU kernel is compiled for one instruction set, the fir
 and baseline whose code it changes, and meets the C++ programs, the likeliest first. What lives, and
 every mutant of a wrapper or a check, meets its operator's tests in Python, on a library with the
 mutant's objects. When the queue has ended, those that live meet the C++ programs under the address
-and undefined-behaviour sanitizers, all of tests/ops, and two files of tests/trust. A CUDA mutant
-meets the shim's tests.
+sanitizer, all of tests/ops, and two files of tests/trust. A CUDA mutant meets the shim's tests.
 
 What is kept. tests/trust/results/mutations-*.json has an outcome per mutant, the commit it was
 found at, and a digest of the broken file with what it includes, comments and white space aside. A
