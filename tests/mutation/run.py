@@ -156,7 +156,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     fewer = "(default: %(default)s, 0: leave the record alone; fewer than before drop the others)"
-    parser.add_argument("--cpu", type=int, default=100, help=f"mutants of the CPU's code {fewer}")
+    parser.add_argument("--cpu", type=int, default=80, help=f"mutants of the CPU's code {fewer}")
     parser.add_argument("--cuda", type=int, default=60, help=f"mutants of CUDA kernels {fewer}")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     options = parser.parse_args()

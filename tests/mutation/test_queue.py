@@ -34,6 +34,15 @@ class FakeBench:
         return SURVIVED if number % 5 == 0 else "killed by test_kernels"
 
 
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few files, nothing explained; git is not asked hundreds of times."""
+    few = [x for x in places("cpu") if x.base in ("gelu.h", "topk_heap.h", "rela.h", "checks.h")]
+    monkeypatch.setattr(run, "places", lambda _: few)
+    monkeypatch.setattr(run, "EXPLAINED", {})
+    monkeypatch.setattr(records, "commit", lambda: "0123456789ab")
+
+
 def tried(folder: Path, count: int) -> list[str]:
     """What a queue runs anew."""
     bench: Any = FakeBench()
@@ -101,6 +110,7 @@ def test_what_is_explained_is_there() -> None:
     assert set(EXPLAINED) <= there
 
 
+@pytest.mark.usefixtures("queue")
 def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     first = tried(tmp_path, 40)
     record = records.read(tmp_path / "mutations-cpu.json")
@@ -115,6 +125,7 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     assert records.read(tmp_path / "mutations-cpu.json")["mutants"] == 10
 
 
+@pytest.mark.usefixtures("queue")
 def test_a_changed_file_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tried(tmp_path, 40)
     real = module.source_digest
@@ -125,6 +136,7 @@ def test_a_changed_file_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert again
 
 
+@pytest.mark.usefixtures("queue")
 def test_survivors_meet_changed_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried(tmp_path, 40)
     outcomes = records.read(tmp_path / "mutations-cpu.json")["outcomes"]
