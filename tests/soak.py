@@ -227,10 +227,14 @@ def soak(seconds: float, every: float, out: Path | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hours", type=float, default=2.0)
-    parser.add_argument("--every", type=float, default=30.0, help="seconds between samples")
-    parser.add_argument("--out", type=Path, default=records.FOLDER / "soak.json")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--hours", type=float, default=2.0, help="how long (default: 2)")
+    parser.add_argument(
+        "--every", type=float, default=30.0, help="seconds between samples (default: 30)"
+    )
+    parser.add_argument("--out", type=Path, default=records.FOLDER / "soak.json",
+                        help="file of the record (default: the committed one)")  # fmt: skip
     parser.add_argument("--judge", type=Path, help="a file to judge again; nothing is run")
     options = parser.parse_args()
     if options.judge:

@@ -7,7 +7,6 @@ from functools import partial
 from importlib import import_module
 
 from recgrela_ext.cli.mistakes import exit_code
-from recgrela_ext.cli.parser import build_parser
 
 __all__ = ["main"]
 
@@ -18,6 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name, by default those of the process.
     """
+    return exit_code(partial(_run, argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    """What takes long to import is imported here, where Ctrl-C is looked after."""
+    from recgrela_ext.cli.parser import build_parser
+
     options = build_parser().parse_args(argv)
-    command = import_module(f"recgrela_ext.cli.{options.command}")
-    return exit_code(partial(command.run, options))
+    import_module(f"recgrela_ext.cli.{options.command}").run(options)

@@ -234,15 +234,14 @@ def use_machine(options: argparse.Namespace) -> str:
     """Set the threads; returns the device."""
     import torch
 
+    from recgrela_ext.arguments import usable_device
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be usable, got {options.device} ({reason})") from None
+    if usable_device(options.device, options.command, "--device").type == "meta":
+        raise ValueError(f"{options.command}: --device must hold values, got meta")
     return str(options.device)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recgrela_ext.cli.reading import Reading, prepare_file, progress_of, use_machine
 
 if TYPE_CHECKING:
-    from recgrela_ext import RecGRELA, Sequences, Targets
+    from recgrela_ext import RecGRELA, RecGRELAConfig, Sequences, Targets
     from recgrela_ext.training import FitResult, TrainConfig
 
 CHECKPOINTS = "checkpoints"
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     reading = Reading.from_options(options)
     train, valid, test = reading.splits(progress)
-    model = _model(options, train).to(device)
+    model = _model(options, train, recipe, device).to(device)
     print(_describe(model, train, valid, test), flush=True)
     checkpoints = out / CHECKPOINTS
     try:
@@ -81,20 +82,56 @@ def _recipe(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**given)
 
 
-def _model(options: argparse.Namespace, train: Sequences) -> RecGRELA:
+def _model(
+    options: argparse.Namespace, train: Sequences, recipe: TrainConfig, device: str
+) -> RecGRELA:
     import torch
 
     from recgrela_ext import RecGRELA, RecGRELAConfig
 
     given = {name: getattr(options, name) for name in _MODEL}
     given = {name: value for name, value in given.items() if value is not None}
-    torch.manual_seed(options.seed)  # the initial weights
-    if not options.paper:
-        return RecGRELA.for_data(train, **given)
     facts = {"repeat_share": train.repeat_share, **given}
-    model = RecGRELA(RecGRELAConfig.paper(train.n_items, **facts))
+    make = RecGRELAConfig.paper if options.paper else RecGRELAConfig
+    config = make(train.n_items, **facts)
+    _check_memory(config, recipe, device)
+    torch.manual_seed(options.seed)  # the initial weights
+    model = RecGRELA(config)
     model.id_map = train.id_map
     return model
+
+
+def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str) -> None:
+    """The system kills a process that takes more than there is, and says nothing."""
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return
+    needed = _weights_nbytes(config.replace(num_layers=1))
+    if config.num_layers > 1:  # all of them would take minutes
+        needed += (config.num_layers - 1) * (_weights_nbytes(config.replace(num_layers=2)) - needed)
+    what = ["weights"]
+    if device.startswith("cpu"):
+        needed *= 4
+        what += ["gradients", "Adam's averages"]
+        if recipe.loss == "sampled":
+            needed += 4 * recipe.targets_per_step * recipe.num_negatives
+            what.append("scores of the negatives")
+    if needed > there:
+        raise ValueError(
+            f"train: the model must fit in this machine's memory of {there / 2**30:,.1f} GiB, got "
+            f"{needed / 2**30:,.1f} GiB of {', '.join(what)}"
+        )
+
+
+def _weights_nbytes(config: RecGRELAConfig) -> int:
+    import torch
+
+    from recgrela_ext import RecGRELA
+
+    with torch.device("meta"):
+        weights = RecGRELA(config).parameters()
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _describe(model: RecGRELA, train: Sequences, valid: Targets, test: Targets) -> str:

@@ -90,7 +90,7 @@ def fetch_dataset(
         DataError: an unknown name; a data set whose terms ask for a visit to its page (the page
             is in the message); no network; a wrong checksum.
     """
-    known = DATASETS.get(name)
+    known = DATASETS.get(name) if isinstance(name, str) else None
     if known is None:
         raise DataError(
             f"fetch_dataset: name must be one of {', '.join(DATASETS)}, got {shown(name)}"

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.data.text import first_line
 from recgrela_ext.errors import DataError, shown
 
@@ -57,7 +58,7 @@ def resolve(
     path: Path, format: str, user: str | None, item: str | None, time: str | None, order: str
 ) -> Source:
     """Find out what ``path`` is; DataError names what is missing or unknown."""
-    if format != "auto" and format not in FORMATS:
+    if not is_one_of(format, ("auto", *FORMATS)):
         raise DataError(
             f"from_file: format must be 'auto' or one of {', '.join(FORMATS)}, got {shown(format)}"
         )
@@ -154,12 +155,12 @@ def _text_columns(path: Path, kind: str) -> tuple[tuple[str, ...], str, bool]:
 
 
 def _parquet_columns(path: Path) -> tuple[str, ...]:
-    from recgrela_ext.data.optional import import_parquet
+    from recgrela_ext.data.optional import import_parquet, parquet_errors
 
     parquet = import_parquet("from_file")
     try:
         return tuple(parquet.read_schema(path).names)
-    except (OSError, ValueError) as error:
+    except parquet_errors("from_file") as error:
         found = " ".join(str(error).split())  # pyarrow ends some of its words with a new line
         raise DataError(f"from_file: {path} must be a Parquet file, got {found}") from None
 

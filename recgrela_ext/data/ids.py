@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from recgrela_ext.errors import DataError
+from recgrela_ext.arguments import as_array
+from recgrela_ext.data.optional import import_pandas
+from recgrela_ext.errors import DataError, shown
 
 LARGEST_ID = 2**63 - 1
 _LONGEST_TEXT_ID = 256
@@ -19,7 +21,7 @@ def factorize(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarra
 
     Integers stay integers (0..2**63 - 1), text stays text.
     """
-    array = np.asarray(values)
+    array = as_array(values, where, f"{what} ids", DataError)
     if array.ndim != 1:
         raise DataError(f"{where}: {what} ids must be one column, got shape {array.shape}")
     if array.dtype.kind == "f":
@@ -28,13 +30,75 @@ def factorize(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarra
         return _factorize_integers(array, what, where)
     if array.dtype.kind not in "OUST":
         raise DataError(f"{where}: {what} ids must be integers or text, got dtype {array.dtype}")
+    uniques: Iterable[Any]
     if array.dtype.kind in "US":
-        uniques, codes = np.unique(array.astype(str), return_inverse=True)
+        if not hasattr(values, "dtype") and (cut := ends_in_zero(values)) is not None:
+            raise DataError(f"{where}: {what} ids must hold no zero character, got {shown(cut)}")
+        try:
+            uniques, codes = np.unique(array.astype(str), return_inverse=True)
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{error.object[error.start]:02x}"
+            raise DataError(f"{where}: {what} ids in bytes must be ASCII, got {got}") from None
+        uniques = uniques.tolist()
     else:
-        uniques, codes = _factorize_objects(values, what, where)
+        uniques, codes = column_ids(values if hasattr(values, "dtype") else array, what, where)
     encoder = IdEncoder(what, where)
-    encoder.add(uniques.tolist(), codes)
+    encoder.add(uniques, codes)
     return encoder.finish(parse_numbers=False)
+
+
+def column_ids(column: Any, what: str, where: str, first: int = 0) -> tuple[list[Any], np.ndarray]:
+    """``(distinct raw ids, code of every row)`` of a column that pandas can hold.
+
+    DataError on a missing id and on what cannot be one; rows are counted from ``first``.
+    """
+    if column.dtype.kind == "f" and (array := np.asarray(column)).dtype.kind == "f":
+        column = _integral(array, what, where, first)
+    try:
+        codes, uniques = import_pandas(where).factorize(column)
+    except TypeError:
+        other = next((one for one in column if type(one).__hash__ is None), column)
+        raise DataError(
+            f"{where}: {what} ids must be integers or text, got {type(other).__name__}"
+        ) from None
+    missing = np.flatnonzero(codes < 0)
+    if missing.size:
+        raise DataError(
+            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
+            f"the first in row {first + missing[0]}"
+        )
+    found = uniques.tolist()
+    maybe = column.dtype.kind not in "iuf" and (0 in found or 1 in found)  # as False and True
+    if maybe and any(isinstance(one, (bool, np.bool_)) for one in column):
+        raise DataError(f"{where}: {what} ids must be integers or text, got bool")
+    return found, codes
+
+
+def ends_in_zero(values: Any) -> str | bytes | None:
+    """The first text that NumPy would cut: in its arrays "a" and "a\\0" are one."""
+    texts = (one for one in values if isinstance(one, (str, bytes)))
+    return next((one for one in texts if one[-1:] in ("\0", b"\0")), None)
+
+
+def lone_surrogate(texts: Iterable[str]) -> str | None:
+    """The first half of a pair of UTF-16, which no file can hold."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        return str(error.object[error.start])
+    return None
+
+
+def check_id_array(ids: Any, name: str, where: str) -> None:
+    """DataError unless these are the ids of an `IdMap`; whether they are distinct is not seen."""
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iuU":
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else shown(ids)
+        raise DataError(f"{where}: {name} must be an array of integers or text [n], got {got}")
+    if ids.dtype.kind == "U" and ids.size:
+        letters = np.ascontiguousarray(ids.astype(ids.dtype.newbyteorder("="))).view(np.uint32)
+        lone = letters[(letters >= 0xD800) & (letters <= 0xDFFF)]
+        if lone.size:
+            raise DataError(f"{where}: {name} must be UTF-8 text, got {chr(lone[0])!r} in one")
 
 
 def compact(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,24 +207,30 @@ def _check_text(raw: list[str], what: str, where: str) -> None:
         )
     if "" in raw:
         raise DataError(f"{where}: {what} ids must not be empty")
-    broken = next((one for one in raw if "\t" in one or "\n" in one), None)
+    broken = next((one for one in raw if "\t" in one or "\n" in one or "\0" in one), None)
     if broken is not None:
-        raise DataError(f"{where}: {what} ids must hold no tab or line feed, got {broken!r}")
+        raise DataError(
+            f"{where}: {what} ids must hold no tab, line feed or zero character, got {broken!r}"
+        )
+    lone = lone_surrogate(raw)
+    if lone is not None:
+        raise DataError(f"{where}: {what} ids must be UTF-8 text, got {lone!r} in one")
 
 
-def _integral(array: np.ndarray, what: str, where: str) -> np.ndarray:
+def _integral(array: np.ndarray, what: str, where: str, first: int = 0) -> np.ndarray:
     """Integers that pandas turned to floats, because a column once had a gap, are integers."""
+    array = array.astype(np.float64, copy=False)
     missing = np.flatnonzero(np.isnan(array))
     if missing.size:
         raise DataError(
             f"{where}: {what} ids must not be missing, got {missing.size} missing, "
-            f"the first in row {missing[0]}"
+            f"the first in row {first + missing[0]}"
         )
     bad = np.flatnonzero((array != np.floor(array)) | (np.abs(array) > 2.0**53))
     if bad.size:
         raise DataError(
             f"{where}: {what} ids must be integers (below 2**53 in a float column), "
-            f"got {array[bad[0]]} in row {bad[0]}"
+            f"got {array[bad[0]]} in row {first + bad[0]}"
         )
     return array.astype(np.int64)
 
@@ -179,18 +249,3 @@ def _factorize_integers(array: np.ndarray, what: str, where: str) -> tuple[np.nd
     place = np.cumsum(present, dtype=np.int32) - np.int32(1)
     codes = place[array - smallest if smallest else array]
     return np.flatnonzero(present).astype(np.int64) + smallest, codes
-
-
-def _factorize_objects(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-    from recgrela_ext.data.optional import import_pandas
-
-    codes, uniques = import_pandas(where).factorize(
-        values if hasattr(values, "dtype") else np.asarray(values)
-    )
-    missing = np.flatnonzero(codes < 0)
-    if missing.size:
-        raise DataError(
-            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
-            f"the first in row {missing[0]}"
-        )
-    return np.asarray(uniques, dtype=object), codes

@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from recgrela_ext.arguments import is_whole
 from recgrela_ext.data import splits
-from recgrela_ext.data.ids import compact, factorize
-from recgrela_ext.data.order import check_order, sort_rows
+from recgrela_ext.data.ids import check_id_array, compact, factorize, lone_surrogate
+from recgrela_ext.data.order import check_order, check_seed, sort_rows
 from recgrela_ext.data.sequences import IdMap, Sequences, Targets
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 Split: TypeAlias = tuple[Sequences, Targets, Targets]
 
@@ -53,7 +54,15 @@ class Interactions:
 
     def __post_init__(self) -> None:
         check_order(self.order, self.time is not None, "Interactions")
+        check_seed(self.seed, "Interactions")
+        check_id_array(self.user_ids, "user_ids", "Interactions")
+        check_id_array(self.item_ids, "item_ids", "Interactions")
         columns = [self.user, self.item] + ([] if self.time is None else [self.time])
+        other = next((x for x in columns if not isinstance(x, np.ndarray) or x.ndim != 1), None)
+        if other is not None or self.user is None or self.item is None:
+            raise DataError(
+                f"Interactions: user, item and time must be arrays [N], got {shown(other)}"
+            )
         if len({len(column) for column in columns}) > 1:
             raise DataError(
                 "Interactions: user, item and time must have one length, "
@@ -86,11 +95,18 @@ class Interactions:
             name: name of the data set, for results.
 
         Raises:
-            DataError: a missing column, no rows, a missing or negative id, a missing time.
+            DataError: a missing column, no rows, a missing or negative id, text that NumPy or
+                UTF-8 cannot hold, a missing time.
         """
         from recgrela_ext.data.times import as_time
 
         where = "from_frame"
+        if not hasattr(df, "columns") and not isinstance(df, Mapping):
+            raise DataError(f"{where}: df must be a frame or a dict of columns, got {shown(df)}")
+        for name_of, column in (("user", user), ("item", item), ("time", time), ("title", title)):
+            must = name_of in ("user", "item")
+            if not isinstance(column, str) and (must or column is not None):
+                raise DataError(f"{where}: {name_of} must name a column, got {shown(column)}")
         wanted = [column for column in (user, item, time, title) if column is not None]
         found = [str(column) for column in (df.columns if hasattr(df, "columns") else df)]
         for column in wanted:
@@ -99,6 +115,9 @@ class Interactions:
                     f"{where}: column {column!r} is missing; the columns are {', '.join(found)}"
                 )
         check_order(order, time is not None, where)
+        bare = next((column for column in wanted if not hasattr(df[column], "__len__")), None)
+        if bare is not None:
+            raise DataError(f"{where}: column {bare!r} must be an array, got {shown(df[bare])}")
         rows = {column: len(df[column]) for column in wanted}
         if len(set(rows.values())) > 1:
             raise DataError(f"{where}: columns must have one length, got {rows}")
@@ -111,6 +130,9 @@ class Interactions:
         if title is not None:
             raw_items = item_ids[item_codes].tolist()
             titles = dict(zip(raw_items, map(str, df[title]), strict=True))
+            lone = lone_surrogate(titles.values())
+            if lone is not None:
+                raise DataError(f"{where}: titles must be UTF-8 text, got {lone!r} in one")
         return cls(user_codes, item_codes, times, user_ids, item_ids, titles, order, seed, name)
 
     @classmethod
@@ -141,10 +163,12 @@ class Interactions:
             name: name of the data set, by default the file's or the folder's.
 
         Raises:
-            DataError: anything wrong with the file, in one line.
+            DataError: anything wrong with the file or an argument, in one line; TypeError or
+                ValueError where `path` is none.
         """
         from recgrela_ext.data.readers import read_columns
 
+        check_seed(seed, "from_file")
         columns = read_columns(
             path, format, user, item, time, order=order, progress=progress, keep=keep
         )
@@ -219,9 +243,20 @@ class Interactions:
         for Netflix. ``k_core=(u, i)`` says ``min_user=u, min_item=i``.
 
         Raises:
-            DataError: nothing is left.
+            DataError: a bound that is no int; nothing is left.
         """
+        for name, bound in (("min_user", min_user), ("min_item", min_item)):
+            if not is_whole(bound):
+                raise DataError(f"filter: {name} must be an int, got {shown(bound)}")
+        for name, limit in (("max_user", max_user), ("max_item", max_item)):
+            if limit is not None and not is_whole(limit):
+                raise DataError(f"filter: {name} must be an int or None, got {shown(limit)}")
         if k_core is not None:
+            pair = isinstance(k_core, tuple | list) and len(k_core) == 2
+            if not pair or not all(map(is_whole, k_core)):
+                raise DataError(
+                    f"filter: k_core must be two ints, of users and of items, got {shown(k_core)}"
+                )
             min_user, min_item = max(min_user, k_core[0]), max(min_item, k_core[1])
         keep = np.ones(len(self), dtype=bool)
         users, items = self.user, self.item
@@ -243,6 +278,8 @@ class Interactions:
 
     def subset(self, keep: np.ndarray) -> Interactions:
         """The rows where ``keep`` (bool ``[N]``) is True; ids that no longer occur leave."""
+        if not isinstance(keep, np.ndarray) or keep.dtype != bool or keep.shape != (len(self),):
+            raise DataError(f"subset: keep must be bool [{len(self)}], got {shown(keep)}")
         if keep.all():
             return self
         user_ids, user = compact(self.user[keep], self.user_ids)

@@ -12,8 +12,9 @@ def import_pandas(where: str) -> ModuleType:
     return _import("pandas", where)
 
 
-def import_pyarrow(where: str) -> ModuleType:
-    return _import("pyarrow", where)
+def parquet_errors(where: str) -> tuple[type[Exception], ...]:
+    """What comes of a Parquet file that cannot be read."""
+    return OSError, ValueError, OverflowError, _import("pyarrow", where).ArrowException
 
 
 def import_parquet(where: str) -> ModuleType:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recgrela_ext.arguments import is_one_of, is_whole
 from recgrela_ext.data.ids import id_hashes, mix
 from recgrela_ext.errors import DataError, shown
 
@@ -35,7 +36,7 @@ class Ordered(NamedTuple):
 
 
 def check_order(order: str, has_time: bool, where: str) -> None:
-    if order not in ORDERS:
+    if not is_one_of(order, ORDERS):
         raise DataError(f"{where}: order must be one of {', '.join(ORDERS)}, got {shown(order)}")
     if not has_time and order not in ("file", "shuffled"):
         raise DataError(
@@ -44,9 +45,17 @@ def check_order(order: str, has_time: bool, where: str) -> None:
         )
 
 
+def check_seed(seed: int, where: str) -> None:
+    if not is_whole(seed):
+        raise DataError(f"{where}: seed must be an int, got {shown(seed)}")
+
+
 def rule_time(time: np.ndarray | None, order: str) -> np.ndarray | None:
     """The time that the rule compares."""
-    return time.astype(np.float32) if time is not None and order == "recbole_float32" else time
+    if time is None or order != "recbole_float32":
+        return time
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and ties, there too
+        return time.astype(np.float32)
 
 
 def sort_rows(
@@ -84,11 +93,22 @@ def sort_rows(
             key = mix(users[user[rows]] ^ items[item[rows]])
             if order == "shuffled":
                 # A repeat of an item has the same hash; its time (or position) parts the two.
-                apart = rows if time is None else time[rows].astype(np.int64)
+                apart = rows if time is None else _distinct_ints(time[rows])
                 key = mix(key ^ apart.astype(np.uint64))
         group = np.cumsum(starts, dtype=np.int64)[places]
         index[places] = rows[np.lexsort((key, group))]
     return Ordered(index, tied)
+
+
+def _distinct_ints(time: np.ndarray) -> np.ndarray:
+    """Whole times as they are, others by their bits: int64 that differ where the times do."""
+    if time.dtype.kind != "f":
+        return time.astype(np.int64)
+    time = time.astype(np.float64)
+    ints = time.view(np.int64).copy()
+    whole = (np.abs(time) < 2.0**63) & (time == np.floor(time))
+    ints[whole] = time[whole].astype(np.int64)
+    return ints
 
 
 def _in_groups(starts: np.ndarray) -> np.ndarray:

@@ -6,21 +6,21 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from recgrela_ext.arguments import as_path
 from recgrela_ext.data.formats import FORMATS, Source, resolve
-from recgrela_ext.data.ids import IdEncoder, compact
-from recgrela_ext.data.optional import import_pandas, import_parquet, import_pyarrow
+from recgrela_ext.data.ids import IdEncoder, column_ids, compact, lone_surrogate
+from recgrela_ext.data.optional import import_pandas, import_parquet, parquet_errors
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 __all__ = ["FORMATS", "Columns", "read_columns"]
 
@@ -68,18 +68,15 @@ def read_columns(
     Raises:
         DataError: anything wrong with the file, in one line.
     """
-    source = resolve(Path(path), format, user, item, time, order)
+    source = resolve(as_path(path, "from_file"), format, user, item, time, order)
     where = f"from_file: {source.paths[0].name}"
-    for column in keep or {}:
+    chosen = _chosen(keep)
+    for column in chosen:
         if column not in source.columns or source.format == "netflix":
             raise DataError(
                 f"{where}: column {column!r} is missing; "
                 f"the columns are {', '.join(source.columns)}"
             )
-    chosen = {
-        name: {values} if isinstance(values, str) else {str(one) for one in values}
-        for name, values in (keep or {}).items()
-    }
     parts = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)(
         source, where, chosen, progress
     )
@@ -105,6 +102,23 @@ def read_columns(
         read_titles(source, item_ids),
         source.name,
     )
+
+
+def _chosen(keep: Any) -> dict[str, set[str]]:
+    if keep is not None and not isinstance(keep, Mapping):
+        raise DataError(f"from_file: keep must be a dict, column name to values, got {shown(keep)}")
+    chosen = {}
+    for name, values in (keep or {}).items():
+        if not isinstance(values, (str, Iterable)):
+            raise DataError(
+                f"from_file: keep must have a list of values for column {name!r}, "
+                f"got {shown(values)}"
+            )
+        chosen[name] = {values} if isinstance(values, str) else {str(one) for one in values}
+        lone = lone_surrogate(chosen[name])
+        if lone is not None:
+            raise DataError(f"from_file: keep must hold UTF-8 text, got {lone!r} in a value")
+    return chosen
 
 
 def _text_parts(
@@ -172,7 +186,7 @@ def _used(names: list[str], codes: np.ndarray) -> tuple[Any, np.ndarray]:
 def _parquet_parts(
     source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
 ) -> Iterator[_Part]:
-    pandas, parquet = import_pandas(where), import_parquet(where)
+    parquet = import_parquet(where)
     wanted = list(dict.fromkeys([source.user, source.item, *keep]))
     wanted += [source.time] if source.time is not None else []
     times = TimeColumn(where)
@@ -194,22 +208,19 @@ def _parquet_parts(
             time = None
             if source.time is not None:
                 time = times.add(chunk[source.time], first)[rows]
-            yield _Part(
-                _factorized(pandas, chunk[source.user], "user", where, first, rows),
-                _factorized(pandas, chunk[source.item], "item", where, first, rows),
-                time,
-            )
+            users, user_codes = column_ids(chunk[source.user], "user", where, first)
+            items, item_codes = column_ids(chunk[source.item], "item", where, first)
+            yield _Part((users, user_codes[rows]), (items, item_codes[rows]), time)
             first += len(chunk)
             bar.update(len(chunk))
 
 
 def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
     """pandas frames; what cannot be read of them becomes a DataError."""
-    arrow = import_pyarrow(where)
     try:
         for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
             yield batch.to_pandas()
-    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
+    except parquet_errors(where) as error:
         raise DataError(
             f"{where}: cannot read the columns, {' '.join(str(error).split())}"
         ) from None
@@ -287,19 +298,3 @@ def _codes(
             f"the first in line {first + np.flatnonzero(rows)[missing[0]]}"
         )
     return names, codes
-
-
-def _factorized(
-    pandas: Any, column: Any, what: str, where: str, first: int, rows: np.ndarray
-) -> tuple[list[Any], np.ndarray]:
-    codes, uniques = pandas.factorize(column)
-    missing = np.flatnonzero(codes < 0)
-    if missing.size:
-        raise DataError(
-            f"{where}: {what} ids must not be missing, got {missing.size} missing, "
-            f"the first in row {first + missing[0]}"
-        )
-    found = uniques.tolist()
-    if any(isinstance(one, float) and one != int(one) for one in found):
-        raise DataError(f"{where}: {what} ids must be integers or text, got fractions")
-    return [int(one) if isinstance(one, float) else one for one in found], codes[rows]

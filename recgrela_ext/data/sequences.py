@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recgrela_ext.errors import DataError, check_regular
+from recgrela_ext.arguments import as_array, as_path, is_whole
+from recgrela_ext.data.ids import check_id_array, ends_in_zero, lone_surrogate
+from recgrela_ext.errors import DataError, check_regular, shown
 from recgrela_ext.files import write_files
 
 PADDING_ROW = 0
@@ -33,11 +34,18 @@ class IdMap:
         user_ids: int64 or str array ``[num_users]``, distinct.
         item_ids: int64 or str array ``[num_items]``, distinct.
         item_titles: raw item id -> title, or ``None`` where the data has no titles.
+
+    Raises:
+        DataError: ids that are no array of integers or of text.
     """
 
     user_ids: np.ndarray
     item_ids: np.ndarray
     item_titles: Mapping[int | str, str] | None = None
+
+    def __post_init__(self) -> None:
+        check_id_array(self.user_ids, "user_ids", "IdMap")
+        check_id_array(self.item_ids, "item_ids", "IdMap")
 
     @property
     def num_users(self) -> int:
@@ -66,7 +74,10 @@ class IdMap:
 
     def decode_items(self, rows: Any) -> np.ndarray:
         """Raw ids of item rows 1..num_items; DataError on padding and on rows outside the table."""
-        index = np.asarray(rows, dtype=np.int64)
+        index = as_array(rows, "decode_items", "rows", DataError)
+        if index.size and index.dtype.kind not in "iu":
+            raise DataError(f"decode_items: rows must be integers, got {shown(rows)}")
+        index = index.astype(np.int64)
         bad = index[(index < 1) | (index > self.num_items)]
         if bad.size:
             raise DataError(
@@ -96,14 +107,15 @@ class IdMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON (UTF-8, atomically: a reader sees the old file or the new one)."""
-        write_files({Path(path): self.to_json()})
+        write_files({as_path(path, "IdMap.save"): self.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> IdMap:
         """Read what :meth:`save` wrote; DataError when the file is something else or torn."""
+        path = as_path(path, "IdMap.load")
         check_regular(path, DataError, "IdMap.load: ")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"IdMap.load: no such file: {path}") from None
         except OSError as error:
@@ -124,6 +136,8 @@ class IdMap:
                 titles = {raw: title for raw, title in pairs if title is not None}
                 if not all(isinstance(title, str) for title in titles.values()):
                     raise TypeError("titles must be text")
+                if lone_surrogate(titles.values()) is not None:
+                    raise ValueError("titles must be UTF-8 text")
             return cls(_id_array(content["user_ids"]), _id_array(content["item_ids"]), titles)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"IdMap.load: {path} must hold ids and titles, got {error!r}") from None
@@ -154,6 +168,9 @@ class Sequences:
     repeat_share: float
 
     def __post_init__(self) -> None:
+        for name, column in (("items", self.items), ("offsets", self.offsets)):
+            if not isinstance(column, np.ndarray) or column.ndim != 1:
+                raise DataError(f"Sequences: {name} must be an array [n], got {shown(column)}")
         offsets, events = self.offsets, len(self.items)
         if not len(offsets) or offsets[0] or offsets[-1] != events or (np.diff(offsets) < 0).any():
             raise DataError(f"Sequences: offsets must ascend from 0 to the {events} items")
@@ -186,7 +203,14 @@ class Sequences:
         name: str = "lists",
     ) -> Sequences:
         """Histories given as item rows (1-based); raw ids are then the rows themselves."""
-        arrays = [np.asarray(history).reshape(-1) for history in histories]
+        caller = "Sequences.from_lists"
+        if not isinstance(histories, Iterable) or isinstance(histories, str):
+            raise DataError(f"{caller}: histories must be lists of items, got {shown(histories)}")
+        if num_items is not None and not (is_whole(num_items) and 0 <= num_items < 2**31):
+            raise DataError(
+                f"{caller}: num_items must be an int from 0 to 2**31-1, got {shown(num_items)}"
+            )
+        arrays = [as_array(one, caller, "histories", DataError).reshape(-1) for one in histories]
         other = next((x.dtype for x in arrays if x.size and x.dtype.kind not in "iu"), None)
         if other is not None:
             raise DataError(f"Sequences.from_lists: items must be integers, got {other}")
@@ -257,6 +281,8 @@ class Targets:
     @classmethod
     def last_of(cls, sequences: Sequences, split: str = "test") -> Targets:
         """The last event of every history with two events or more, for histories already split."""
+        if not isinstance(sequences, Sequences):
+            raise TypeError(f"Targets.last_of: sequences must be Sequences, got {shown(sequences)}")
         lengths = sequences.lengths
         users = np.flatnonzero(lengths > 1)
         position = sequences.offsets[users + 1] - 1
@@ -309,14 +335,19 @@ def _id_array(values: Any) -> np.ndarray:
     ids = np.asarray(values) if kinds in ({int}, {str}) else np.empty(0, np.int64)
     if kinds - {int, str} or len(kinds) > 1 or ids.dtype.kind not in "iU":
         raise TypeError("ids must be a list of integers or of texts")
+    if ids.dtype.kind == "U" and ends_in_zero(values) is not None:
+        raise ValueError("ids must not end in a zero character")
     if len(set(values)) != len(values):
         raise ValueError("ids must be distinct")
     return ids
 
 
 def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:
-    wanted = np.asarray(raw)
-    if wanted.dtype.kind == "O":
+    wanted = as_array(raw, where, what, DataError)
+    if wanted.dtype.kind == "O" or (not hasattr(raw, "dtype") and wanted.dtype.kind == "U"):
+        cut = ends_in_zero(np.asarray(raw, dtype=object).flat)
+        if cut is not None:
+            raise DataError(f"{where}: {what} must be a known id, got {shown(cut)}")
         wanted = wanted.astype(str)
     if wanted.dtype.kind == "f" and ids.dtype.kind == "i":
         broken = wanted[wanted != np.floor(wanted)]  # NaN too

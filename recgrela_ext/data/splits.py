@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.data.order import rule_time
 from recgrela_ext.data.sequences import Sequences, Targets, repeat_share, target_digest
 from recgrela_ext.errors import DataError, shown
@@ -99,8 +100,11 @@ def split_by_time(log: Interactions, shares: tuple[float, float, float], targets
 def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) -> np.ndarray:
     """0, 1 or 2 for every row: training, validation, test."""
     where = "split_by_time"
-    if targets not in TARGET_CHOICES:
+    if not is_one_of(targets, TARGET_CHOICES):
         raise DataError(f"{where}: targets must be 'all', 'first' or 'last', got {shown(targets)}")
+    for name, share in zip(("train", "valid", "test"), shares, strict=True):
+        if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)):
+            raise DataError(f"{where}: {name} must be a number, got {shown(share)}")
     if not (all(share > 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
         raise DataError(f"{where}: train, valid, test must be positive with sum 1, got {shares}")
     time = rule_time(log.time, log.order)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from recgrela_ext.arguments import as_array
 from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.errors import DataError
 
@@ -20,9 +21,9 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
         where: begins the error line.
         first_row, unit: number and word of the first row, for the error line.
     """
-    array = np.asarray(values)
+    array = _column(values, where)
     if array.dtype.kind in "OUST":
-        array = _from_objects(values, where, first_row, unit)
+        array = _from_objects(values if hasattr(values, "dtype") else array, where, first_row, unit)
     if array.dtype.kind == "M":
         missing = np.isnat(array)
         year = 1970 + array.astype("datetime64[Y]").astype(np.int64)
@@ -49,6 +50,14 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
             f"the first in {unit} {first_row + gaps[0]}"
         )
     return converted
+
+
+def _column(values: Any, where: str) -> np.ndarray:
+    """An array; times with a zone as what they are in UTC, not as objects."""
+    if getattr(getattr(values, "dtype", None), "tz", None) is not None:
+        zoned = import_pandas(where).Series(values)
+        values = zoned.dt.tz_convert("UTC").dt.tz_localize(None)
+    return as_array(values, where, "time", DataError)
 
 
 def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndarray:
@@ -80,7 +89,7 @@ class TimeColumn:
 
     def add(self, values: Any, first_row: int, unit: str = "row") -> np.ndarray:
         """`as_time` of one part; DataError also where an earlier part was of the other kind."""
-        array = np.asarray(values)
+        array = _column(values, self.where)
         if array.dtype.kind in "OUST":
             array = _from_objects(values, self.where, first_row, unit)
         times = as_time(array, self.where, first_row, unit)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from recgrela_ext.data.sequences import Sequences, Targets, repeat_share
+from recgrela_ext.errors import shown
 from recgrela_ext.evaluation.ranking import Scorer
 
 
@@ -35,6 +36,10 @@ def make_baselines(
     """
     if isinstance(baselines, Mapping):
         return dict(baselines)
+    if baselines is not None and not isinstance(baselines, Sequences):
+        raise TypeError(
+            f"evaluate: baselines must be Sequences or a dict of scorers, got {shown(baselines)}"
+        )
     train = visible_part(targets) if baselines is None else baselines
     if train.n_items != targets.n_items:
         raise ValueError(

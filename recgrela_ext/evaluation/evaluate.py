@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from recgrela_ext.arguments import check_whole, is_whole
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.errors import shown
 from recgrela_ext.evaluation.baselines import make_baselines
@@ -55,14 +56,16 @@ def evaluate(
 
     Raises:
         ValueError: NaN scores, no targets, no or bad cut-offs, catalogues that differ.
+        TypeError: an argument of another kind.
     """
     if not isinstance(targets, Targets):
         raise TypeError(f"evaluate: targets must be Targets, got {shown(targets)}")
+    if not isinstance(k, Iterable) or not all(is_whole(one) and one >= 1 for one in k) or not k:
+        raise ValueError(f"evaluate: k must be cut-offs from 1, got {shown(k)}")
     ks = sorted(set(k))
-    if not ks or ks[0] < 1:
-        raise ValueError(f"evaluate: k must be cut-offs from 1, got {list(k)}")
-    if bootstrap < 0:
-        raise ValueError(f"evaluate: bootstrap must not be negative, got {bootstrap}")
+    check_whole(bootstrap, "evaluate", "bootstrap", low=0)
+    if not is_whole(seed) or seed < 0:
+        raise ValueError(f"evaluate: seed must be an int of at least 0, got {shown(seed)}")
     others = make_baselines(baselines, targets)
     start = time.perf_counter()
     ranks = rank_targets(

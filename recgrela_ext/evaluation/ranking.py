@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from recgrela_ext.arguments import check_whole
 from recgrela_ext.data.sequences import Targets
+from recgrela_ext.errors import shown
 
 _ITEMS_PER_BATCH = 32_768  # batch_size=None: longer histories go in smaller batches
 
@@ -77,8 +79,12 @@ def rank_targets(
     if not len(targets):
         raise ValueError("rank_targets: targets must hold at least one target, got none")
     for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
-        if value is not None and value < 1:
-            raise ValueError(f"rank_targets: {name} must be at least 1, got {value}")
+        if value is not None:
+            check_whole(value, "rank_targets", name)
+    if not isinstance(model, Scorer) and not hasattr(model, "item_embedding"):
+        raise TypeError(
+            f"rank_targets: model must have an item_embedding, or score, got {shown(model)}"
+        )
     bar = tqdm(
         total=len(targets),
         desc="evaluate",

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import check_whole
+from ..errors import shown
+from ..ops.checks import check_tensor
 from .grela_block import GRELABlock, sequence_of_rows
 from .packing import pack
 from .rank_modulator import AdaptiveRankModulator
@@ -35,8 +38,7 @@ class GRELAEncoder(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"GRELAEncoder: num_layers must be at least 1, got {num_layers}")
+        check_whole(num_layers, "GRELAEncoder", "num_layers")
         self.hidden_size = hidden_size
         self.layers = nn.ModuleList(
             GRELABlock(hidden_size, num_heads, **block) for _ in range(num_layers)
@@ -166,6 +168,10 @@ class GRELAEncoder(nn.Module):
     ) -> None:
         if sum(given is not None for given in (lengths, mask, cu_seqlens)) > 1:
             raise ValueError("GRELAEncoder: only one of lengths, mask and cu_seqlens must be given")
+        tensors = {"x": x, "lengths": lengths, "mask": mask, "cu_seqlens": cu_seqlens}
+        for name, tensor in tensors.items():
+            if tensor is not None or name == "x":
+                check_tensor("GRELAEncoder", name, tensor)
         dims = 2 if cu_seqlens is not None else 3
         if x.dim() != dims or x.shape[-1] != self.hidden_size:
             shape = "[T, {}]" if dims == 2 else "[B, L, {}]"
@@ -180,6 +186,8 @@ class GRELAEncoder(nn.Module):
             raise ValueError(
                 f"GRELAEncoder: mask must be {list(x.shape[:2])}, got {list(mask.shape)}"
             )
+        if state is not None and not isinstance(state, Sequence):
+            raise TypeError(f"GRELAEncoder: state must be a list, got {shown(state)}")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(
                 f"GRELAEncoder: state must have {len(self.layers)} layers, got {len(state)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 from ..ops.feed_forward import feed_forward, fits_kernel
 from ..ops.gated_rela import in_transform
@@ -29,8 +30,8 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"DropPath: p must lie in [0, 1), got {p}")
+        if not isinstance(p, (float, int)) or not 0.0 <= p < 1.0:
+            raise ValueError(f"DropPath: p must lie in [0, 1), got {shown(p)}")
         self.p = p
 
     def forward(
@@ -58,7 +59,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, dropout: float = 0.1, activation: str = "gelu") -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if not is_one_of(activation, ACTIVATIONS):
             raise ValueError(
                 f"FeedForward: activation must be one of {', '.join(ACTIVATIONS)}, "
                 f"got {shown(activation)}"
@@ -158,6 +159,7 @@ class GRELABlock(nn.Module):
         residual: bool = True,
     ) -> None:
         super().__init__()
+        check_whole(hidden_size, "GRELABlock", "hidden_size")
         self.hidden_size = hidden_size
         self.residual = residual
         self.norm1 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 from .rela import RotaryEnhancedLinearAttention, State
 
@@ -47,19 +48,17 @@ class AdaptiveRankModulator(nn.Module):
         gate_activation: str = "silu",
     ) -> None:
         super().__init__()
-        if selector not in ("silu", "balance"):
+        if not is_one_of(selector, ("silu", "balance")):
             raise ValueError(
                 f"AdaptiveRankModulator: selector must be silu or balance, got {shown(selector)}"
             )
-        if gate_activation not in ACTIVATIONS:
+        if not is_one_of(gate_activation, ACTIVATIONS):
             raise ValueError(
                 "AdaptiveRankModulator: gate_activation must be one of "
                 f"{', '.join(ACTIVATIONS)}, got {shown(gate_activation)}"
             )
-        if conv_width < 1:
-            raise ValueError(
-                f"AdaptiveRankModulator: conv_width must be at least 1, got {conv_width}"
-            )
+        for name, size in (("hidden_size", hidden_size), ("conv_width", conv_width)):
+            check_whole(size, "AdaptiveRankModulator", name)
         self.selector = selector if gate else "silu"
         self.gate_activation = gate_activation
         self.gate_proj = nn.Linear(hidden_size, hidden_size) if gate else None

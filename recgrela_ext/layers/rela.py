@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import check_whole
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]  # kv, k_sum, conv, position: see ops.gated_rela
 
@@ -41,7 +42,9 @@ class RotaryEnhancedLinearAttention(nn.Module):
         v_projection: bool = False,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or hidden_size % (2 * num_heads):
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads)):
+            check_whole(size, "RotaryEnhancedLinearAttention", name)
+        if hidden_size % (2 * num_heads):
             raise ValueError(
                 "RotaryEnhancedLinearAttention: hidden_size must be a multiple of 2 * num_heads, "
                 f"got hidden_size={hidden_size}, num_heads={num_heads}"

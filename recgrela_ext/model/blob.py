@@ -95,7 +95,7 @@ def hidden_dtype(dtype: torch.dtype, in_use: torch.dtype) -> torch.dtype:
 def storage_dtype(caller: str, dtype: torch.dtype | str) -> torch.dtype:
     """A format at rest by its name or type; ValueError for another."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPES:
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{caller}: dtype must be one of {names}, got {shown(dtype)}")
     return found

@@ -7,6 +7,7 @@ import operator
 import re
 from typing import Any
 
+from ..arguments import is_one_of
 from ..errors import CheckpointError, shown
 
 CONFIG_VERSION = 1
@@ -116,7 +117,7 @@ class RecGRELAConfig:
             _require(0.0 < value <= 1.0, name, "lie in (0, 1]", value)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            _require(value in choices, name, f"be one of {', '.join(choices)}", value)
+            _require(is_one_of(value, choices), name, f"be one of {', '.join(choices)}", value)
         self._check_combinations()
 
     def _resolve_item_counts(self) -> None:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import is_one_of
 from ..errors import shown
 from ..layers.encoder import shift_rows
+from ..ops.checks import check_tensor
 from .config import RecGRELAConfig
 
 
@@ -97,7 +99,7 @@ def check_form(
     caller: str, item_seq: Tensor, item_seq_len: Tensor | None, padding_side: str
 ) -> None:
     """Types and shapes of one batch."""
-    if padding_side not in ("right", "left"):
+    if not is_one_of(padding_side, ("right", "left")):
         raise ValueError(f"{caller}: padding_side must be right or left, got {shown(padding_side)}")
     check_integers(caller, "item_seq", item_seq)
     if item_seq.dim() != 2:
@@ -117,9 +119,8 @@ def values_are_checked(x: Tensor) -> bool:
 
 
 def check_integers(caller: str, name: str, x: Tensor) -> None:
-    """TypeError for anything but an int64 or int32 tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
+    """TypeError or ValueError for anything but a dense int64 or int32 tensor."""
+    check_tensor(caller, name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{caller}: {name} must be int64 or int32, got {x.dtype}")
 
@@ -170,6 +171,7 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
     got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
     if got != torch.int64:
         raise TypeError(f"{caller}: targets must be int64 in a tensor, got {got}")
+    check_tensor(caller, "targets", targets)
     B, L = batch.items.shape
     if targets.shape not in ((B, L), (B,)):
         raise ValueError(

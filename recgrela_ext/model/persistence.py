@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..errors import CheckpointError, DataError, check_regular
+from ..arguments import as_path, usable_device
+from ..errors import CheckpointError, DataError, check_regular, shown
 from ..files import write_files
 from ..layers.packing import pack
 from .config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE, RecGRELAConfig
@@ -69,6 +70,12 @@ class Weights:
         return self._packed[0]
 
 
+def check_model(caller: str, model: Any) -> None:
+    """TypeError for what has no weights to make states or tables from."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "fingerprint"):
+        raise TypeError(f"{caller}: model must be a RecGRELA, got {shown(model)}")
+
+
 def weights_of(model: RecGRELA) -> Weights:
     """Cheap enough for every event. A write through `.data` goes unnoticed, as autograd does not
     count it."""
@@ -87,7 +94,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
-    folder = Path(folder)
+    folder = as_path(folder, "RecGRELA.save_pretrained", "folder")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     name = None if model.id_map is None else (model.config.id_map_file or ID_MAP_FILE)
@@ -107,9 +114,11 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     device: torch.device | str | None = None,
 ) -> RecGRELA:
-    folder = Path(folder)
+    caller = "RecGRELA.from_pretrained"
+    folder = as_path(folder, caller, "folder")
+    place = None if device is None else usable_device(device, caller)
     try:
-        fields = json.loads(_read(folder / CONFIG_FILE))
+        fields = json.loads(_read(folder / CONFIG_FILE).decode())  # bytes might be UTF-16
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -142,7 +151,7 @@ def from_pretrained(
                 f"{path} must name the model's {config.rows - 1} items, "
                 f"got {model.id_map.num_items}"
             )
-    return model if device is None else model.to(device)
+    return model if place is None else model.to(place)
 
 
 def from_reference(

@@ -86,6 +86,8 @@ class RecGRELA(nn.Module):
 
         `overrides` are fields of `RecGRELAConfig`.
         """
+        if not hasattr(train, "n_items"):
+            raise TypeError(f"RecGRELA.for_data: train must be Sequences, got {shown(train)}")
         facts = {"n_items": train.n_items, "repeat_share": train.repeat_share}
         model = cls(RecGRELAConfig(**{**facts, **overrides}))
         model.id_map = train.id_map
@@ -288,7 +290,7 @@ class RecGRELA(nn.Module):
         return self._top_k(hidden, k, batch.items if exclude else None, candidates, table)
 
     def _excludes(self, exclude_seen: bool | str) -> bool:
-        if exclude_seen == "auto":
+        if isinstance(exclude_seen, str) and exclude_seen == "auto":
             share = self.config.repeat_share
             return share is None or share <= _MANY_REPEATS
         if not isinstance(exclude_seen, bool):
@@ -370,7 +372,8 @@ class RecGRELA(nn.Module):
         """One new item [B] per user: updates `state`, returns the hidden states [B, hidden_size].
 
         The padding item leaves its user untouched and returns the hidden state kept there. Always
-        in evaluation mode. Warns once when a user passes a million events.
+        in evaluation mode. Warns once in a process, when a user passes a million
+        events.
 
         Raises:
             ValueError, TypeError: wrong shape or type, an id that is no row of the item table, a
@@ -422,8 +425,12 @@ class RecGRELA(nn.Module):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], device: torch.device | str | None = None
     ) -> RecGRELA:
-        """The model `save_pretrained` wrote, in evaluation mode. CheckpointError when a file is
-        missing, truncated, of another version or of another model."""
+        """The model `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            CheckpointError: a file is missing, truncated, of another version or of another model.
+            ValueError, TypeError: a folder that is no path, a device that is not there.
+        """
         return persistence.from_pretrained(cls, folder, device)
 
     @classmethod

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import is_one_of
 from ..errors import shown
+from ..ops.checks import check_tensor
 from . import persistence
 
 if TYPE_CHECKING:
@@ -38,8 +40,9 @@ class ItemTable:
     """
 
     def __init__(self, model: RecGRELA, dtype: torch.dtype | str = torch.int8) -> None:
+        persistence.check_model("ItemTable", model)
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if found not in _FORMATS:
+        if not is_one_of(found, _FORMATS):
             raise ValueError(
                 "ItemTable: dtype must be one of float32, bfloat16, float16, int8, "
                 f"got {shown(dtype)}"
@@ -108,13 +111,15 @@ def _check(
 ) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"recommend: k must be an int of at least 1, got {shown(k)}")
-    users = hidden.shape[0]
+    check_tensor("recommend", "hidden", hidden)
+    users = hidden.shape[0] if hidden.dim() else 0
     for name, x in (("seen", seen), ("candidates", candidates)):
         if x is None:
             continue
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         if got not in _INTEGERS:
             raise TypeError(f"recommend: {name} must be integers in a tensor, got {got}")
+        check_tensor("recommend", name, x)
     if seen is not None and (seen.dim() != 2 or seen.shape[0] != users):
         raise ValueError(f"recommend: seen must be [{users}, S], got {list(seen.shape)}")
     if candidates is None:

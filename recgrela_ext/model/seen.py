@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_array, usable_device
 from ..errors import StateError, shown
 from . import blob as storage
+from .inputs import check_integers
 
 STATE_MAGIC = b"RGUS"
 _MAGIC = b"RGSI"
@@ -27,14 +29,24 @@ class SeenItems:
     def __init__(self, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"SeenItems: batch_size must be an int >= 0, got {shown(batch_size)}")
+        if batch_size > _LAST_ROW:
+            raise ValueError(f"SeenItems: batch_size must be below 2**31, got {shown(batch_size)}")
         self._users = [_User() for _ in range(batch_size)]
 
     @classmethod
     def from_lists(cls, items: Iterable[Sequence[int] | np.ndarray]) -> SeenItems:
         """One user for every sequence of item rows; ValueError or TypeError for other values."""
+        caller = "SeenItems.from_lists"
+        if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
+            raise TypeError(f"{caller}: items must be a list per user, got {shown(items)}")
         seen = cls(0)
-        for row in map(np.asarray, items):
-            _check_rows("SeenItems.from_lists", row)
+        for values in items:
+            row = as_array(values, caller, "items of a user")
+            if row.ndim != 1:
+                raise ValueError(
+                    f"{caller}: items must be a list [n] per user, got {shown(values)}"
+                )
+            _check_rows(caller, row)
             seen._users.append(_User(_sorted(row)))
         return seen
 
@@ -42,20 +54,26 @@ class SeenItems:
     def from_sequences(
         cls, item_seq: Tensor, item_seq_len: Tensor | None = None, padding_idx: int = 0
     ) -> SeenItems:
-        """From right-padded histories [B, L]; without lengths every item but the padding counts."""
+        """From right-padded histories [B, L]; without lengths every item but the padding counts.
+
+        Raises:
+            ValueError, TypeError: other shapes or types, a length beyond L.
+        """
+        check_integers("SeenItems.from_sequences", "item_seq", item_seq)
         if item_seq.dim() != 2:
             raise ValueError(
                 f"SeenItems.from_sequences: item_seq must be [B, L], got {list(item_seq.shape)}"
             )
-        rows = item_seq.detach().cpu().numpy()
+        rows = as_array(item_seq, "SeenItems.from_sequences", "item_seq")
         if item_seq_len is None:
             return cls.from_lists(row[row != padding_idx] for row in rows)
+        check_integers("SeenItems.from_sequences", "item_seq_len", item_seq_len)
         if item_seq_len.shape != item_seq.shape[:1]:
             raise ValueError(
                 f"SeenItems.from_sequences: item_seq_len must be [{len(rows)}], "
                 f"got {list(item_seq_len.shape)}"
             )
-        lengths = item_seq_len.detach().cpu().tolist()
+        lengths = as_array(item_seq_len, "SeenItems.from_sequences", "item_seq_len").tolist()
         for length in lengths:
             if not 0 <= length <= rows.shape[1]:
                 raise ValueError(
@@ -83,14 +101,16 @@ class SeenItems:
 
     @staticmethod
     def cat(parts: Sequence[SeenItems]) -> SeenItems:
-        """All users of all parts; they stay shared."""
+        """All users of all parts; they stay shared. TypeError for what is no `SeenItems`."""
+        if not isinstance(parts, Sequence) or not all(isinstance(x, SeenItems) for x in parts):
+            raise TypeError(f"SeenItems.cat: parts must be a list of SeenItems, got {shown(parts)}")
         whole = SeenItems(0)
         whole._users = [user for part in parts for user in part._users]
         return whole
 
     def add(self, items: Tensor | np.ndarray | Sequence[int], padding_idx: int = 0) -> None:
         """One more item [B], or several [B, n], per user; the padding item adds nothing."""
-        new = np.asarray(items.detach().cpu() if isinstance(items, Tensor) else items)
+        new = as_array(items, "SeenItems.add", "items")
         if new.ndim not in (1, 2) or new.shape[0] != len(self):
             raise ValueError(
                 f"SeenItems.add: items must be [{len(self)}] or [{len(self)}, n], "
@@ -112,7 +132,8 @@ class SeenItems:
         rows = np.full((len(self), longest), padding_idx, dtype=np.int64)
         for row, user in zip(rows, self._users, strict=True):
             row[: len(user.ids)] = user.ids
-        return torch.from_numpy(rows).to(device)
+        found = torch.from_numpy(rows)
+        return found if device is None else found.to(usable_device(device, "SeenItems.padded"))
 
     @property
     def nbytes(self) -> int:

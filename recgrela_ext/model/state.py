@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..arguments import usable_device
+from ..errors import StateError, shown
 from ..layers.rela import State
 from . import blob as storage
+from .inputs import check_integers
+from .persistence import check_model
 from .seen import STATE_MAGIC, SeenItems
 
 if TYPE_CHECKING:
     from .recgrela import RecGRELA
 
 MAX_EVENTS = 1_000_000
+_warned = False  # of sums that end, once in a process: services hold many states
 LAST_POSITION = 1 << 53  # beyond it float64 cannot tell positions apart
 
 # where the seen items begin (0: none), dtype, dtype of hidden, fingerprint, position, sizes
@@ -78,18 +82,19 @@ class _Clock:
     def __init__(self, position: Tensor, bound: int) -> None:
         self.position = position
         self.bound = bound
-        self.warned = False
 
     def advance(self, events: int) -> None:
+        global _warned
         self.bound += events
-        if self.bound <= MAX_EVENTS or self.warned or self.position.numel() == 0:
+        if self.bound <= MAX_EVENTS or _warned or self.position.numel() == 0:
             return
         self.bound = int(self.position.max())
         if self.bound > MAX_EVENTS:
-            self.warned = True
+            _warned = True
             warnings.warn(
                 f"UserState: a user has {self.bound} events; float32 sums are accurate up to "
-                f"{MAX_EVENTS}. Prefill this user's recent history into a fresh state",
+                f"{MAX_EVENTS}. Prefill this user's recent history into a fresh state. This is "
+                "said once in a process, whoever else gets there",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -175,6 +180,9 @@ class UserState:
 
     def select(self, users: Tensor) -> UserState:
         """The users with these indices [n] int64, in this order; a copy."""
+        check_integers("UserState.select", "users", users)
+        if users.dim() != 1:
+            raise ValueError(f"UserState.select: users must be [n], got {list(users.shape)}")
         return UserState(
             self.buffer.index_select(0, users),
             self.position.index_select(0, users),
@@ -185,7 +193,12 @@ class UserState:
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
-        """One state with the users of all (a copy); ValueError for none or different models."""
+        """One state with the users of all (a copy); ValueError for none or different models,
+        TypeError for what is no state."""
+        if not isinstance(states, Sequence) or not all(isinstance(x, UserState) for x in states):
+            raise TypeError(
+                f"UserState.cat: states must be a list of UserState, got {shown(states)}"
+            )
         if not states:
             raise ValueError("UserState.cat: states must hold at least one state, got none")
         first = states[0]
@@ -205,12 +218,12 @@ class UserState:
         return UserState.cat([self])
 
     def to(self, device: torch.device | str) -> UserState:
-        """The state on `device`: itself where it is there already, else a copy."""
-        if torch.device(device) == self.buffer.device:
+        """The state on `device`: itself where it is there already, else a copy. ValueError where
+        there is no such device."""
+        place = usable_device(device, "UserState.to")
+        if place == self.buffer.device:
             return self
-        parts = (self.buffer.to(device), self.position.to(device), self.hidden.to(device))
-        if parts[0].device == self.buffer.device:
-            return self
+        parts = (self.buffer.to(place), self.position.to(place), self.hidden.to(place))
         return UserState(*parts, self.layout, self.fingerprint)
 
     @property
@@ -272,9 +285,10 @@ class UserState:
         """A state of one user from `to_bytes`, on the device of `model`.
 
         Raises StateError when the bytes are damaged, of another version, or written by a model with
-        another configuration or other weights.
+        another configuration or other weights; TypeError for another kind of argument.
         """
         caller = "UserState.from_bytes"
+        check_model(caller, model)
         body = storage.unseal(caller, blob, (STATE_MAGIC,), _HEADER.size)[1]
         _, code, hidden_code, fingerprint, position, size, width = _HEADER.unpack_from(body)
         if fingerprint != model.fingerprint():

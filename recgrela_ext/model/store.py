@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_array, usable_device
 from ..errors import StateError, shown
 from . import blob as storage
 from . import inputs, streaming
+from .persistence import check_model
 from .pool import Pool, Rows, Users
 from .seen import SeenItems
 from .state import UserState
@@ -73,6 +75,9 @@ class UserStateStore:
     All memory but that of the seen items and of the index by user (a dict, some 100 bytes a user)
     is taken at once. Not thread-safe. When to `rebuild` a user: to delete an event, or beyond a
     million events; not because of a state's age (see the module).
+
+    Raises:
+        ValueError, TypeError: a bad argument; more users than there is memory for.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class UserStateStore:
                 raise ValueError(f"UserStateStore: {name} must be an int >= 1, got {shown(value)}")
             if value >= 2**40:
                 raise ValueError(f"UserStateStore: {name} must be below 2**40, got {shown(value)}")
+        check_model("UserStateStore", model)
         self.model = model
         self.on_evict = on_evict
         empty = model.init_state(0)
@@ -100,7 +106,9 @@ class UserStateStore:
             raise ValueError(
                 f"UserStateStore: dtype must not exceed the model's, {in_use}, got {at_rest}"
             )
-        place = torch.device(self._device if device is None else device)
+        place = self._device
+        if device is not None:
+            place = usable_device(device, "UserStateStore")
         if place.type == "meta":
             raise ValueError("UserStateStore: device must hold values, got meta")
 
@@ -108,9 +116,15 @@ class UserStateStore:
             return Pool(rows, self.layout, width, form, in_use, place)
 
         # The last pool is where users fall out of the store.
-        self.pools = [pool(capacity, at_rest)]
-        if at_rest != in_use:
-            self.pools.insert(0, pool(min(active, capacity), in_use))
+        try:
+            self.pools = [pool(capacity, at_rest)]
+            if at_rest != in_use:
+                self.pools.insert(0, pool(min(active, capacity), in_use))
+        except (RuntimeError, MemoryError, ValueError):  # torch's and NumPy's
+            raise ValueError(
+                f"UserStateStore: capacity must fit in memory, got {capacity} users "
+                f"({active} active) of {self.layout.row_size} numbers each"
+            ) from None
         self._seen: dict[int, np.ndarray] = {}
         self._evicting = False
 
@@ -243,11 +257,13 @@ class UserStateStore:
         """
         caller = "UserStateStore.rebuild"
         ids = _user_ids(caller, users)
+        if not isinstance(histories, Sequence | np.ndarray) or isinstance(histories, str):
+            raise TypeError(f"{caller}: histories must be a list of lists, got {shown(histories)}")
         if len(histories) != len(ids):
             raise ValueError(
                 f"{caller}: histories must be one per user, {len(ids)}, got {len(histories)}"
             )
-        given = [np.asarray(h.detach().cpu() if isinstance(h, Tensor) else h) for h in histories]
+        given = [as_array(history, caller, "every history") for history in histories]
         for history in given:
             if history.ndim != 1:
                 raise ValueError(
@@ -313,7 +329,8 @@ class UserStateStore:
     ) -> UserStateStore:
         """What `save` wrote: sizes, format and order of use included.
 
-        Raises StateError for a file that is damaged, of something else or of another model.
+        Raises StateError for a file that is damaged, of something else or of another model;
+        TypeError or ValueError for another kind of argument.
         """
         from .store_file import load
 
@@ -391,7 +408,7 @@ class UserStateStore:
 
 
 def _user_ids(caller: str, users: Ids) -> Users:
-    ids = users.detach().cpu().numpy() if isinstance(users, Tensor) else np.asarray(users)
+    ids = as_array(users, caller, "users")
     if ids.ndim != 1:
         raise ValueError(f"{caller}: users must be [B], got {list(ids.shape)}")
     if len(ids) and ids.dtype.kind not in "iu":

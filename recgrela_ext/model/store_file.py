@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..arguments import as_path
 from ..errors import StateError, check_regular
 from ..files import replacing
-from .persistence import weights_digest
+from .persistence import check_model, weights_digest
 from .pool import Pool
 from .state import LAST_POSITION
 
@@ -32,6 +32,7 @@ _KIND, _VERSION = "recgrela_ext user states", 1
 
 
 def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
+    path = as_path(path, "UserStateStore.save")
     tensors: dict[str, Tensor] = {}
     for number, pool in enumerate(store.pools):
         for name, tensor in _pool_tensors(pool).items():
@@ -49,7 +50,6 @@ def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
         "dtype": str(store.pools[-1].dtype).removeprefix("torch."),
         "sha256": {name: weights_digest({name: tensor}) for name, tensor in tensors.items()},
     }
-    path = Path(path)
     with replacing(path) as (temporary,):
         try:
             save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
@@ -64,6 +64,8 @@ def load(
     on_evict: Callable[[Evicted], None] | None,
     device: torch.device | str | None,
 ) -> UserStateStore:
+    check_model("UserStateStore.load", model)
+    path = as_path(path, "UserStateStore.load")
     check_regular(path, StateError, "UserStateStore.load: ")
     try:
         with safe_open(os.fspath(path), "pt") as file:

@@ -67,6 +67,10 @@ def init_state(model: RecGRELA, batch_size: int) -> UserState:
         raise ValueError(
             f"RecGRELA.init_state: batch_size must be an int >= 0, got {shown(batch_size)}"
         )
+    if batch_size >= 2**31:
+        raise ValueError(
+            f"RecGRELA.init_state: batch_size must be below 2**31, got {shown(batch_size)}"
+        )
     weight = model.item_embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     width = model.config.hidden_size
@@ -98,6 +102,8 @@ def check_state(
 def _check_chunk_size(caller: str, chunk_size: int) -> None:
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"{caller}: chunk_size must be an int >= 1, got {shown(chunk_size)}")
+    if chunk_size >= 2**31:
+        raise ValueError(f"{caller}: chunk_size must be below 2**31, got {shown(chunk_size)}")
 
 
 def prefill(

@@ -21,8 +21,9 @@ INTEGERS = (torch.int32, torch.int64)
 def check_tensor(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
+    if x.layout != torch.strided or x.is_nested:  # nested ones have no shape
+        got = "a nested tensor" if x.is_nested else x.layout
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {got}")
 
 
 def _shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library
+from ..errors import shown
 from . import reference
 from .checks import check_tensor
 from .gated_rela import needs_gradient, needs_plain_pytorch
@@ -76,7 +77,23 @@ def pack_encoder(
 
     Raises:
         ValueError: no layers, or layers that differ in kind.
+        TypeError: layers that are none, or weights that are no tensors.
     """
+    if not isinstance(layers, Sequence) or not all(isinstance(x, EncoderLayer) for x in layers):
+        raise TypeError(f"pack_encoder: layers must be a list of EncoderLayer, got {shown(layers)}")
+    check_tensor("pack_encoder", "inv_freq", inv_freq)
+    if inv_freq.dim() != 2 or inv_freq.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "pack_encoder: inv_freq must be [H, D/2] of dtype float64 or float32, "
+            f"got {inv_freq.dtype} {list(inv_freq.shape)}"
+        )
+    if final_norm is not None:
+        if not isinstance(final_norm, tuple | list) or len(final_norm) != 2:
+            raise TypeError(
+                f"pack_encoder: final_norm must be a pair (weight, bias), got {shown(final_norm)}"
+            )
+        for tensor in final_norm:
+            check_tensor("pack_encoder", "final_norm", tensor)
     if not layers:
         raise ValueError("pack_encoder: layers must not be empty, got none")
     pieces: list[Tensor] = []

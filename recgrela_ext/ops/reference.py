@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_whole, is_one_of
 from ..errors import shown
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,24 +70,28 @@ def inv_freq(
 
     Raises:
         ValueError: unknown ``rotary``, odd ``head_dim`` or a base not above 0.
+        TypeError: ``num_heads`` or ``head_dim`` is no int.
     """
-    if num_heads < 1:
-        raise ValueError(f"inv_freq: num_heads must be at least 1, got {num_heads}")
+    check_whole(num_heads, "inv_freq", "num_heads")
+    check_whole(head_dim, "inv_freq", "head_dim", low=0)
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {head_dim}")
-    if not base > 0:
-        raise ValueError(f"inv_freq: base must be above 0, got {base}")
+        raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {shown(head_dim)}")
+    if not isinstance(base, (float, int)) or not 0 < base < 1e300:
+        raise ValueError(
+            f"inv_freq: base must be a number above 0 and below 1e300, got {shown(base)}"
+        )
+    if not is_one_of(rotary, ("full_width", "per_head", "none")):
+        raise ValueError(
+            f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
+        )
+    base = float(base)
     pairs = head_dim // 2
     index = torch.arange(num_heads * pairs, dtype=torch.float64).view(num_heads, pairs)
     if rotary == "full_width":
         return base ** (-index / (num_heads * pairs))
     if rotary == "per_head":
         return base ** (-(index % pairs) / pairs)
-    if rotary == "none":
-        return torch.zeros_like(index)
-    raise ValueError(
-        f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"
-    )
+    return torch.zeros_like(index)
 
 
 def feature_map(x: Tensor) -> Tensor:

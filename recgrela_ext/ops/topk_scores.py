@@ -12,10 +12,12 @@ from torch import Tensor
 from .. import _library
 from ..errors import shown
 from . import chunked_topk
-from .checks import check_tensor
+from .checks import FLOATING, check_tensor
 from .gated_rela import needs_gradient
 
-_TABLES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
+_TABLES = (*FLOATING, torch.int8)
+_ITEMS = (torch.int64, torch.int32, torch.int16, torch.int8,
+          torch.uint64, torch.uint32, torch.uint16, torch.uint8)  # fmt: skip
 
 
 def topk_scores(
@@ -30,7 +32,7 @@ def topk_scores(
     """The k items with the largest inner product, exact, for each row of `hidden`.
 
     Args:
-        hidden: [B, width], a floating dtype.
+        hidden: [B, width]; float32, float64, bfloat16 or float16.
         table: [N, width]; float32, float64, bfloat16, float16, or int8 with `scale`.
         k: at least 1.
         padding_idx: a row of the table that is no item.
@@ -46,7 +48,7 @@ def topk_scores(
         bits for any number of threads, and for a user whatever the other users of the batch.
 
     Raises:
-        ValueError: a shape, a dtype or a candidate is wrong.
+        ValueError, TypeError: an argument's shape, dtype, device or value is off.
         RuntimeError: gradients are on and an input requires one.
     """
     _check(hidden, table, k, padding_idx, scale, seen, candidates)
@@ -139,9 +141,10 @@ def _check(
     for name, x in (("scale", scale), ("seen", seen), ("candidates", candidates)):
         if x is not None:
             check_tensor(op, name, x)
-    if hidden.dim() != 2 or not hidden.is_floating_point():
+    if hidden.dim() != 2 or hidden.dtype not in FLOATING:
         raise ValueError(
-            f"{op}: hidden must be floating [B, width], got {hidden.dtype} {list(hidden.shape)}"
+            f"{op}: hidden must be [B, width] of dtype float32, float64, bfloat16 or float16, "
+            f"got {hidden.dtype} {list(hidden.shape)}"
         )
     B, width = hidden.shape
     if table.dim() != 2 or table.shape[1] != width or table.dtype not in _TABLES:
@@ -167,7 +170,7 @@ def _check(
     for name, x in (("seen", seen), ("candidates", candidates)):
         if x is None:
             continue
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if x.dtype not in _ITEMS:
             raise ValueError(f"{op}: {name} must be integers, got {x.dtype}")
         shared = name == "candidates" and x.dim() == 1
         if not shared and (x.dim() != 2 or x.shape[0] != B):

@@ -25,6 +25,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from recgrela_ext.arguments import as_path
 from recgrela_ext.errors import CheckpointError, check_regular, shown
 from recgrela_ext.files import flush
 
@@ -55,7 +56,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder)
+        self.path = as_path(folder, "fit", "checkpoint_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

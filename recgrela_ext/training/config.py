@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.errors import shown
 
 _CHOICES = {
@@ -87,11 +88,12 @@ class TrainConfig:
     checkpoint_every_seconds: float | None = 60.0
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.betas, (tuple, list)), "betas", "be two numbers", self.betas)
         object.__setattr__(self, "betas", tuple(self.betas))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             told = ", ".join(str(choice) for choice in choices)
-            _require(value in choices, name, f"be one of {told}", value)
+            _require(is_one_of(value, choices), name, f"be one of {told}", value)
         whole = (
             "targets_per_step",
             "positions_per_pass",
@@ -101,6 +103,7 @@ class TrainConfig:
         )
         for name in whole:
             _require_int(name, getattr(self, name), 1)
+        _require(self.num_negatives < 2**31, "num_negatives", "be below 2**31", self.num_negatives)
         for name in ("seed", "context", "warmup_steps"):
             _require_int(name, getattr(self, name), 0)
         for name, low in (("max_seq_len", 0), ("patience", 1), ("checkpoint_every_steps", 1)):

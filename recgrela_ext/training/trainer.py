@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recgrela_ext.arguments import is_one_of
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.errors import CheckpointError, shown
 from recgrela_ext.training.checkpoint import Checkpoint, CheckpointFolder
@@ -374,6 +375,8 @@ def _check_arguments(
     config: TrainConfig,
     resume: str | bool,
 ) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"fit: config must be a TrainConfig, got {shown(config)}")
     for name, limit in limits.items():
         if limit is None:
             continue
@@ -383,7 +386,7 @@ def _check_arguments(
             raise ValueError(f"fit: {name} must be a whole number, got {shown(limit)}")
     if all(limit is None for limit in limits.values()) and (valid is None or not config.patience):
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")
-    if resume not in _RESUME:
+    if not is_one_of(resume, _RESUME):
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")

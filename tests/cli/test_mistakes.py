@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from recgrela_ext.cli.mistakes import exit_code
 
 from .conftest import SMALL, Recgrela
 
@@ -55,12 +58,15 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "negative rate": (["--lr", "-1"], "lr must be positive"),
     "rate without a number": (["--lr", "fast"], "argument --lr: must be a number"),
     "no steps": (["--steps", "0"], "argument --steps: must be at least 1"),
-    "no such device": (["--device", "abacus"], "--device must be usable, got abacus"),
+    "no such device": (["--device", "abacus"], "--device must be usable, got 'abacus'"),
     "nothing to resume": (["--resume"], "must hold a checkpoint to resume"),
     "threads": (["--threads", "100000000"], "--threads: must be at most 1024, got 100000000"),
     "seed": (["--seed", "99999999999999999999"], "--seed: must be below 2**63"),
     "width": (["--hidden-size", "100000000"], "hidden_size must be at most 65536, got 100000000"),
-    "memory": (["--loss", "sampled", "--num-negatives", str(10**12)], "not enough memory"),
+    "memory": (
+        ["--loss", "sampled", "--num-negatives", str(2 * 10**9)],
+        "the model must fit in this machine's memory of",
+    ),
     "unknown option": (["--layers", "3"], "unrecognized arguments: --layers 3"),
 }
 
@@ -72,6 +78,14 @@ def test_bad_option(recgrela: Recgrela, tmp_path: Path, what: str) -> None:
     path.write_text("\n".join(["user,item,timestamp", *ROWS]) + "\n")
     arguments = ["train", "--data", path, "--out", tmp_path / "m", "--steps", 1, *SMALL, *options]
     assert told in recgrela(*arguments).mistake
+
+
+def test_memory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    def take() -> None:
+        torch.empty(1 << 60)
+
+    assert exit_code(take) == 2
+    assert capsys.readouterr().err.startswith("recgrela: not enough memory: ")
 
 
 def test_output_folder_is_a_file(recgrela: Recgrela, events: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_no_bootstrap_no_interval() -> None:
     result = evaluate(NextNumber(13), targets, bootstrap=0)
     assert result["interval"] == {}
     assert "95 %" not in format_table(result)
-    with pytest.raises(ValueError, match="bootstrap must not be negative"):
+    with pytest.raises(ValueError, match="bootstrap must be at least 0"):
         evaluate(NextNumber(13), targets, bootstrap=-1)
 
 

@@ -114,7 +114,7 @@ def parquet(columns: dict[str, Any]) -> bytes:
 
 
 def drawn_table(draw: Draw) -> bytes:
-    """Columns of drawn values and types; those that Arrow cannot hold are whole numbers."""
+    """Columns of drawn values and types; those that Parquet cannot hold are whole numbers."""
     columns: dict[str, Any] = {}
     for name in ("user", "item", "time", "title")[: 1 + draw.below(4)]:
         mixed = draw.below(4) == 0
@@ -122,6 +122,7 @@ def drawn_table(draw: Draw) -> bytes:
         values = [draw.one_of(choices) for _ in "abc"]
         try:
             columns[name] = pa.array(values, draw.one_of(TYPES))
+            parquet({name: columns[name]})
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             columns[name] = pa.array([draw.below(3) for _ in "abc"])
     return parquet(columns)

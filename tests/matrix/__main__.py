@@ -144,9 +144,13 @@ def cell(python: Path, wheel: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--python", action="append", help="3.11; may come several times")
-    parser.add_argument("--torch", action="append", help="2.13.0 or newest; may come several times")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    several = "may come several times (default: {})"
+    parser.add_argument("--python", action="append", metavar="VERSION",
+                        help=f"such as 3.11; {several.format(', '.join(PYTHONS))}")  # fmt: skip
+    parser.add_argument("--torch", action="append", metavar="VERSION",
+                        help=f"such as 2.13.0; {several.format(', '.join(TORCHES))}")  # fmt: skip
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     record = records.read(OUT) if OUT.exists() else {"kind": "matrix", "cells": {}}

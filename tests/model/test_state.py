@@ -173,6 +173,7 @@ def test_warns_once_beyond_the_accurate_range(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state, "MAX_EVENTS", 10)
+    monkeypatch.setattr(state, "_warned", False)
     model = make_model()
     users = model.prefill(ITEMS)
     for _ in range(4):
@@ -183,6 +184,8 @@ def test_warns_once_beyond_the_accurate_range(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.step(torch.tensor([1]), users[0])
+        others = model.prefill(torch.ones(1, 30, dtype=torch.int64))  # of another state object
+        model.step(torch.tensor([1]), others)
 
 
 def test_prefill_memory_does_not_grow_with_length(make_model: MakeModel) -> None:

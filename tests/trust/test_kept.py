@@ -32,7 +32,8 @@ from recgrela_ext.evaluation.recommend import (
     format_recommendations,
     recommend_for_items,
 )
-from recgrela_ext.model.persistence import _write, weights_digest
+from recgrela_ext.files import write_files
+from recgrela_ext.model.persistence import weights_digest
 from recgrela_ext.training.checkpoint import CheckpointFolder
 from tests.fuzz.saved import small_model
 
@@ -105,9 +106,10 @@ def test_an_id_map_from_before_it_had_a_digest(tmp_path: Path) -> None:
 
 
 def test_files_get_their_names_together(tmp_path: Path) -> None:
-    _write(tmp_path, {"a": b"1", "b": b"2"})
+    write_files({tmp_path / "a": b"1", tmp_path / "b": b"2"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "usual").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_a_refused_event_counts_for_nobody() -> None:
