@@ -263,7 +263,7 @@ class CpuBench(Bench):
                 return found
         others = sorted(path for path in own[0].parent.glob("test_*.py") if path not in own)
         others += [ROOT / f"tests/trust/test_{name}.py" for name in ("isolation", "extremes")]
-        return self.in_python(tree, others, changed, "all")
+        return self.in_python(tree, [*own, *others], changed, "all")
 
     def sanitized(self, tree: Path, source: str, first: str) -> str:
         """The programs on one level that shows reads and writes outside of what it was given."""
