@@ -452,7 +452,7 @@ int main(int argc, char** argv) {
     }
   }
   for (bool packed : {false, true}) {
-    test_all({1, 2, 4, {kSegment + 1, 0, 5}, packed, true, packed});
+    test_all({2, 2, 4, {kSegment + 1, 0, 5}, packed, true, packed});
     test_all({1, 6, 70, {2, 2 * kSegment + 64}, packed, false, !packed});
     test_all({2, 8, 4, {0, 0, 0}, packed, true, packed});
     test_all({1, 16, 4, {63, 64, 256, 257, 385}, packed, true, true});

@@ -125,6 +125,14 @@ inline std::vector<Case> cases(bool all) {
       if (all || (D == 128 && gap == 1)) add(c);
     }
   }
+  Case plain;  // padding without a gate, whose gradient has no memory then
+  plain.gate = false;
+  plain.layout = Layout::kPadded;
+  plain.lengths = {3, 5};
+  for (int64_t D : {10, 16, 64}) {
+    plain.D = D;
+    if (all || D == 16) add(plain);
+  }
   Case many;  // more parts of the convolution's gradients than threads that sum them
   many.H = 1;
   many.layout = Layout::kPacked;

@@ -74,11 +74,27 @@ def soak_row(record: dict[str, Any]) -> Row:
 
 
 def mutation_row(record: dict[str, Any]) -> Row:
-    what = "CPU kernels" if next(iter(record["outcomes"])).startswith("cpu/") else "CUDA kernels"
-    left = record["mutants"] - record["explained"]
-    found = f"{record['killed']} of {left} killed ({100 * record['killed'] / left:.1f} %)"
-    same = f"; {record['explained']} more that no test can tell, explained"
-    return f"mutation of the {what}", f"{record['mutants']} mutants", found + same, when(record)
+    """The share is of those that a test could tell: explained ones give the same results."""
+    killed, explained = record["killed"], record["explained"]
+    left = record["mutants"] - explained
+    tried = f"{record['mutants']} mutants" + ("" if record["complete"] else ", cut short")
+    found = f"{killed} killed, {record['survived']} live, {explained} of them explained below"
+    found += f": {100 * killed / left:.1f} % of the other {left}"
+    what = {"cpu": "CPU kernels, wrappers, checks", "cuda": "CUDA kernels on the host"}
+    return f"mutation of {what[record['of']]}", tried, found, when(record)
+
+
+def survivors() -> list[str]:
+    """A line for every mutant that lives: its place, what was changed, why no test notices."""
+    found = []
+    for path in sorted(records.FOLDER.glob("mutations-*.json")):
+        for name, one in records.read(path)["outcomes"].items():
+            if one["outcome"] == "survived":
+                place, _, line = name.partition(" | ")
+                file, _, change = place.partition(" ")
+                where = f"`{file.partition(':')[0]}`, `{change}` in `{line}`"
+                found.append(f"- {where}: {one.get('why', '**a gap**')}")
+    return found
 
 
 def matrix_rows(record: dict[str, Any]) -> list[Row]:
@@ -121,7 +137,8 @@ def page() -> str:
     after = rest.split(END)[1]
     table = ["| what | how often | found | commit, day |", "|---|---|---|---|"]
     table += [f"| {' | '.join(row)} |" for row in rows()]
-    return f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
+    lines = [*table, "", "Mutants that live:", "", *(survivors() or ["none"])]
+    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}"
 
 
 def keep(
