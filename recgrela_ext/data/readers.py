@@ -219,6 +219,7 @@ def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
     """pandas frames; what cannot be read of them becomes a DataError."""
     try:
         for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
+            batch.validate(full=True)  # of a damaged file: text that is no UTF-8, offsets beyond it
             yield batch.to_pandas()
     except parquet_errors(where) as error:
         raise DataError(
