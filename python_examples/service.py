@@ -49,18 +49,32 @@ class Storage(Protocol):
 
     def read(self, user: str) -> bytes | None: ...
 
-    def has_event(self, event_id: str) -> bool: ...
+    def owner(self, event_id: str) -> str | None:
+        """Whose event this is; None where it was not recorded."""
+        ...
 
     def apply(self, event_id: str, user: str, update: Update) -> bool:
         """Replace the user's blob by update(blob) and record the event, both or neither; False and
-        no change where the event was recorded before. Durable when it returns."""
+        no change where the user's event was recorded before, TakenError where another user's was.
+        Durable when it returns."""
         ...
+
+
+class TakenError(ValueError):
+    """An event id that is another user's."""
+
+
+def is_recorded(event_id: str, owner: str | None, user: str) -> bool:
+    """Whether it is this user's; TakenError where it is another's, whose event it would hide."""
+    if owner not in (None, user):
+        raise TakenError(f"event_id must be new, got {event_id!r}, which is another user's")
+    return owner is not None
 
 
 class SQLiteStorage:
     """One file; any number of threads and processes of one machine."""
 
-    failures: tuple[type[Exception], ...] = (sqlite3.OperationalError,)  # locked, disk full
+    failures: tuple[type[Exception], ...] = (sqlite3.Error,)  # locked, disk full, damaged
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -85,17 +99,19 @@ class SQLiteStorage:
 
     def read(self, user: str) -> bytes | None:
         row = self.db.execute("SELECT blob FROM users WHERE user = ?", (user,)).fetchone()
-        return None if row is None else bytes(row[0])
+        if row is not None and not isinstance(row[0], bytes):
+            raise StateError(f"the state of {user!r} must be bytes, got {type(row[0]).__name__}")
+        return None if row is None else row[0]
 
-    def has_event(self, event_id: str) -> bool:
-        found = self.db.execute("SELECT 1 FROM events WHERE id = ?", (event_id,)).fetchone()
-        return found is not None
+    def owner(self, event_id: str) -> str | None:
+        row = self.db.execute("SELECT user FROM events WHERE id = ?", (event_id,)).fetchone()
+        return None if row is None else str(row[0])
 
     def apply(self, event_id: str, user: str, update: Update) -> bool:
         db = self.db
         db.execute("BEGIN IMMEDIATE")  # other writers wait from here on
         try:
-            new = not self.has_event(event_id)
+            new = not is_recorded(event_id, self.owner(event_id), user)
             if new:
                 blob = update(self.read(user))
                 db.execute("INSERT INTO events VALUES (?, ?)", (event_id, user))
@@ -114,7 +130,7 @@ class RedisStorage:
     def __init__(self, url: str) -> None:
         import redis
 
-        self.failures: tuple[type[Exception], ...] = (redis.ConnectionError, redis.TimeoutError)
+        self.failures: tuple[type[Exception], ...] = (redis.RedisError,)
         self.client: Any = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=2)
         self.collision = redis.WatchError
 
@@ -122,15 +138,17 @@ class RedisStorage:
         blob: bytes | None = self.client.get(f"user:{user}")
         return blob
 
-    def has_event(self, event_id: str) -> bool:
-        return bool(self.client.exists(f"event:{event_id}"))
+    def owner(self, event_id: str) -> str | None:
+        found = self.client.get(f"event:{event_id}")
+        return None if found is None else found.decode()
 
     def apply(self, event_id: str, user: str, update: Update) -> bool:
         while True:
             with self.client.pipeline() as pipe:
                 try:
                     pipe.watch(f"user:{user}", f"event:{event_id}")
-                    if pipe.exists(f"event:{event_id}"):
+                    owner = pipe.get(f"event:{event_id}")
+                    if is_recorded(event_id, None if owner is None else owner.decode(), user):
                         return False
                     blob = update(pipe.get(f"user:{user}"))
                     pipe.multi()
@@ -176,6 +194,10 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
     def foreign(request: Request, error: StateError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 409)  # the user must be rebuilt
 
+    @app.exception_handler(TakenError)
+    def taken(request: Request, error: TakenError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 409)
+
     @app.post("/events")
     def event(event: Event) -> dict[str, bool]:
         if event.item == padding or not 0 <= event.item < model.config.n_items:
@@ -192,7 +214,7 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
 
     @app.get("/events/{event_id:path}")
     def stored(event_id: str) -> dict[str, bool]:
-        return {"stored": storage.has_event(event_id)}
+        return {"stored": storage.owner(event_id) is not None}
 
     @app.get("/users/{user:path}")
     def user(user: str) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,15 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
 
     All of them are on the disk before the first takes its name, so that an error leaves what was
     there, and a process killed before that does too. Each name changes in one step; several do so
-    in the order of `paths`.
+    in the order of `paths`. A link stays, and what it leads to is replaced.
+
+    Raises:
+        FileExistsError: at one of `paths` is something else than a file, a pipe or a device.
     """
-    targets = [Path(path) for path in paths]
+    targets = [Path(os.path.realpath(path)) for path in paths]
+    for target in targets:
+        if target.exists() and not target.is_file():
+            raise FileExistsError(errno.EEXIST, "must be a regular file", str(target))
     parts: list[Path] = []
     try:
         for target in targets:
@@ -38,10 +45,14 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
 
 
 def write_files(files: Mapping[Path, bytes | str]) -> None:
-    """`replacing` for contents at hand; text as UTF-8."""
-    with replacing(*files) as parts:
-        for part, content in zip(parts, files.values(), strict=True):
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
+    """`replacing` for contents at hand; text as UTF-8. Pipes and devices are written to."""
+    contents = {p: x.encode() if isinstance(x, str) else x for p, x in files.items()}
+    special = [path for path in contents if path.exists() and not (path.is_file() or path.is_dir())]
+    for path in special:
+        path.write_bytes(contents.pop(path))
+    with replacing(*contents) as parts:
+        for part, content in zip(parts, contents.values(), strict=True):
+            part.write_bytes(content)
 
 
 def flush(path: Path) -> None:

@@ -159,10 +159,14 @@ def _parquet_columns(path: Path) -> tuple[str, ...]:
 
     parquet = import_parquet("from_file")
     try:
-        return tuple(parquet.read_schema(path).names)
+        names = tuple(parquet.read_schema(path).names)
     except parquet_errors("from_file") as error:
         found = " ".join(str(error).split())  # pyarrow ends some of its words with a new line
         raise DataError(f"from_file: {path} must be a Parquet file, got {found}") from None
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"from_file: {path} must have distinct columns, got {twice!r} twice")
+    return names
 
 
 def _choose(

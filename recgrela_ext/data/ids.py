@@ -152,6 +152,8 @@ class IdEncoder:
         integer; ``007`` beside ``7``, or any other text, keeps all of them text.
         """
         raw = list(self._code_of)
+        if texts := [one for one in raw if isinstance(one, str)]:
+            _check_text(texts, self._what, self._where)
         if parse_numbers and all(isinstance(one, str) and _is_plain_integer(one) for one in raw):
             raw = [int(one) for one in raw]
         if any(isinstance(one, str) for one in raw):
@@ -179,9 +181,7 @@ class IdEncoder:
                 f"{self._where}: {self._what} ids must be integers or text, "
                 f"got {type(other).__name__}"
             )
-        if isinstance(raw[0], str):
-            _check_text(raw, self._what, self._where)
-        else:
+        if not isinstance(raw[0], str):
             _check_range(min(raw), max(raw), self._what, self._where)
 
 
@@ -194,7 +194,7 @@ def _check_range(smallest: int, largest: int, what: str, where: str) -> None:
     if smallest < 0 or largest > LARGEST_ID:
         raise DataError(
             f"{where}: {what} ids must lie in 0..2**63-1, "
-            f"got {smallest if smallest < 0 else largest}"
+            f"got {shown(smallest if smallest < 0 else largest)}"
         )
 
 

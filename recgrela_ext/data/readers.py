@@ -220,7 +220,8 @@ def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
     try:
         for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
             batch.validate(full=True)  # of a damaged file: text that is no UTF-8, offsets beyond it
-            yield batch.to_pandas()
+            # Not as pandas kept it: a column may have been its index.
+            yield batch.to_pandas(ignore_metadata=True)
     except parquet_errors(where) as error:
         raise DataError(
             f"{where}: cannot read the columns, {' '.join(str(error).split())}"

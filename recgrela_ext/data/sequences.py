@@ -115,19 +115,25 @@ class IdMap:
         path = as_path(path, "IdMap.load")
         check_regular(path, DataError, "IdMap.load: ")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except FileNotFoundError:
             raise DataError(f"IdMap.load: no such file: {path}") from None
         except OSError as error:
             raise DataError(f"IdMap.load: {path} must be readable: {error.strerror}") from None
+        return cls.from_json(content, f"IdMap.load: {path}")
+
+    @classmethod
+    def from_json(cls, text: bytes | str, what: str = "IdMap.from_json: text") -> IdMap:
+        """Of what :meth:`to_json` gave; DataError, which begins with `what`, for anything else."""
+        try:
+            content = json.loads(text.decode() if isinstance(text, bytes) else text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"IdMap.load: {path} must be a JSON id map, got {error}") from None
+            raise DataError(f"{what} must be a JSON id map, got {error}") from None
         if not isinstance(content, dict) or content.get("format") != _ID_MAP_FORMAT:
-            raise DataError(f"IdMap.load: {path} must be a JSON id map, got another kind of JSON")
+            raise DataError(f"{what} must be a JSON id map, got another kind of JSON")
         if content.get("version") != _ID_MAP_VERSION:
             raise DataError(
-                f"IdMap.load: {path} must have version {_ID_MAP_VERSION}, "
-                f"got {content.get('version')}"
+                f"{what} must have version {_ID_MAP_VERSION}, got {shown(content.get('version'))}"
             )
         try:
             titles = content["item_titles"]
@@ -140,7 +146,7 @@ class IdMap:
                     raise ValueError("titles must be UTF-8 text")
             return cls(_id_array(content["user_ids"]), _id_array(content["item_ids"]), titles)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"IdMap.load: {path} must hold ids and titles, got {error!r}") from None
+            raise DataError(f"{what} must hold ids and titles, got {error!r}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,10 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
     """Text or mixed objects: numbers, else dates; what is neither names its first row."""
     pandas = import_pandas(where)
     column = pandas.Series(values).reset_index(drop=True)
-    given = column.notna() & (column.astype(str).str.strip() != "")
+    try:
+        given = column.notna() & (column.astype(str).str.strip() != "")
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: time must be numbers or dates, got bytes") from None
     numbers = pandas.to_numeric(column, errors="coerce")
     if (numbers.notna() | ~given).all():
         return np.asarray(numbers)

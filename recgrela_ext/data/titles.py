@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from recgrela_ext.data.formats import Source
+from recgrela_ext.errors import DataError
 
 
 def read_titles(source: Source, item_ids: np.ndarray) -> dict[int | str, str] | None:
@@ -47,9 +48,12 @@ def _rows(path: Path, source: Source) -> Iterator[tuple[str, str]]:
                 if len(fields) > place:
                     yield fields[0], fields[place]
     elif source.format == "csv":
-        for row in csv.reader(lines[1:]):
-            if len(row) > 1:
-                yield row[0], row[1]
+        try:
+            for row in csv.reader(lines[1:]):
+                if len(row) > 1:
+                    yield row[0], row[1]
+        except csv.Error as error:
+            raise DataError(f"from_file: {path} must be CSV, got {error}") from None
     else:
         separator, place = {
             "movielens_dat": ("::", 1),

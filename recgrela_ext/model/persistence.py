@@ -102,11 +102,31 @@ def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     fields = {**config.to_dict(), "weights_sha256": weights_digest(weights)}
     files: dict[str, bytes] = {}  # the configuration, with the sums of the others, comes last
     if model.id_map is not None and name is not None:
-        files[name] = model.id_map.to_json().encode()
+        files[name] = _id_map_bytes(model)
         fields["id_map_sha256"] = hashlib.sha256(files[name]).hexdigest()
     files[WEIGHTS_FILE] = save(weights, metadata={"format": "pt"})
     files[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
     write_files({folder / name: content for name, content in files.items()})
+
+
+def _id_map_bytes(model: RecGRELA) -> bytes:
+    """What could not be loaded again is refused before anything is written."""
+    from ..data import IdMap
+
+    caller, id_map = "RecGRELA.save_pretrained", model.id_map
+    if not isinstance(id_map, IdMap):
+        raise TypeError(f"{caller}: id_map must be an IdMap, got {shown(id_map)}")
+    if id_map.n_items != model.config.rows:
+        raise ValueError(
+            f"{caller}: id_map must name the model's {model.config.num_items} items, "
+            f"got {id_map.num_items}"
+        )
+    try:
+        content = id_map.to_json().encode()
+        IdMap.from_json(content, f"{caller}: id_map")
+    except UnicodeEncodeError:
+        raise DataError(f"{caller}: id_map must hold UTF-8 text, got lone surrogates") from None
+    return content
 
 
 def from_pretrained(
@@ -140,11 +160,12 @@ def from_pretrained(
         from ..data import IdMap
 
         path = folder / config.id_map_file
+        content = _read(path)
         try:
-            model.id_map = IdMap.load(path)
+            model.id_map = IdMap.from_json(content, str(path))
         except DataError as error:
             raise CheckpointError(str(error)) from None
-        if digests[1] is not None and digests[1] != hashlib.sha256(_read(path)).hexdigest():
+        if digests[1] is not None and digests[1] != hashlib.sha256(content).hexdigest():
             raise CheckpointError(f"{path} must be the id map {CONFIG_FILE} was saved with")
         if model.id_map.n_items != config.rows:
             raise CheckpointError(

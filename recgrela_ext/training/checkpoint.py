@@ -113,7 +113,12 @@ class CheckpointFolder:
             self._write(part, step, tensors, state)
             if place.exists():  # this step once more, after a restart from an earlier one
                 os.replace(place, old)  # `_prune` removes it
-            os.replace(part, place)
+            try:
+                os.replace(part, place)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, place)
+                raise
             flush(self.path)
         except (OSError, safetensors.SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)

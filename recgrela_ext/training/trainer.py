@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -115,6 +115,22 @@ class _Position:
     best_step_before: int | None = None
     evaluations_since_best: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def position_of(saved: Any) -> _Position:
+    """Of a checkpoint; TypeError or ValueError for one that `fit` did not write."""
+    found = _Position(**saved)
+    for one in fields(found):
+        value = getattr(found, one.name)
+        kinds: tuple[type, ...] = {"int": (int,), "float": (int, float), "list": (list,)}[
+            str(one.type).partition(" ")[0].partition("[")[0]
+        ]
+        optional = str(one.type).endswith("| None")
+        if not (isinstance(value, kinds) or (optional and value is None)) or value is True:
+            raise TypeError(f"{one.name} must be {one.type}, got {shown(value)}")
+    if min(found.epoch, found.step_in_epoch, found.step, found.targets) < 0:
+        raise ValueError("position must not be negative")
+    return found
 
 
 class _Run:
@@ -244,16 +260,32 @@ class _Run:
 
     def _restore(self, found: Checkpoint) -> None:
         assert self.folder is not None
-        check_identity(found.state["identity"], self._identity)
-        if found.state["threads"] != torch.get_num_threads():
+        threads = found.state.get("threads")
+        if threads != torch.get_num_threads():
             warnings.warn(
-                f"fit: the checkpoint was written with {found.state['threads']} threads and this "
+                f"fit: the checkpoint was written with {shown(threads)} threads and this "
                 f"process has {torch.get_num_threads()}: the last bits may differ",
                 stacklevel=4,
             )
-        self.at = _Position(**found.state["position"])
-        self.stepper.restore(found.tensors)
-        self.stepper.scaler.load_state_dict(found.state["scaler"])
+        try:
+            check_identity(found.state["identity"], self._identity)
+            self.at = position_of(found.state["position"])
+            self.stepper.restore(found.tensors)
+            self.stepper.scaler.load_state_dict(found.state["scaler"])
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            got = " ".join(str(error).split())
+            raise CheckpointError(
+                f"fit: {self.folder.path} step {found.step} must be a checkpoint of this model and "
+                f"recipe, got {type(error).__name__} {got}"
+            ) from None
+        steps = len(self.windows.epoch(self.at.epoch))
+        if self.at.step_in_epoch > steps:
+            raise CheckpointError(
+                f"fit: {self.folder.path} step {found.step} must stand in an epoch of {steps} "
+                f"steps, got step {self.at.step_in_epoch}"
+            )
         best = self.at.best_step
         if best is not None:
             there = found if best == found.step else self.folder.load(best)

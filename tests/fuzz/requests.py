@@ -15,7 +15,7 @@ from tests.fuzz.draw import REFUSED, Draw, changed
 from tests.fuzz.saved import small_model
 
 SERVICE = Path(__file__).resolve().parents[2] / "python_examples" / "service.py"
-ANSWERS = (200, 307, 400, 404, 405, 422)  # and never a 500
+ANSWERS = (200, 307, 400, 404, 405, 409, 422)  # and never a 500
 
 
 class Memory:
@@ -23,21 +23,22 @@ class Memory:
 
     failures: tuple[type[Exception], ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, is_recorded: Any) -> None:
+        self.is_recorded = is_recorded
         self.blobs: dict[str, bytes] = {}
-        self.events: set[str] = set()
+        self.events: dict[str, str] = {}
 
     def read(self, user: str) -> bytes | None:
         return self.blobs.get(user)
 
-    def has_event(self, event_id: str) -> bool:
-        return event_id in self.events
+    def owner(self, event_id: str) -> str | None:
+        return self.events.get(event_id)
 
     def apply(self, event_id: str, user: str, update: Any) -> bool:
-        if event_id in self.events:
+        if self.is_recorded(event_id, self.owner(event_id), user):
             return False
         self.blobs[user] = update(self.blobs.get(user))
-        self.events.add(event_id)
+        self.events[event_id] = user
         return True
 
 
@@ -56,7 +57,7 @@ class Requests:
         service = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = service  # where pydantic looks up what annotations name
         spec.loader.exec_module(service)
-        self.storage = Memory()
+        self.storage = Memory(service.is_recorded)
         self.app = service.create_app(small_model(), self.storage)
         self.loop = asyncio.new_event_loop()
 
@@ -68,7 +69,11 @@ class Requests:
         method, path, query, body = "POST", "/events", b"", b""
         kind = draw.below(5)
         if kind < 3:
-            event = {"event_id": f"e{draw.byte()}", "user": "anna", "item": 1 + draw.below(11)}
+            event = {
+                "event_id": f"e{draw.byte()}",
+                "user": draw.one_of(["anna", "bert"]),
+                "item": 1 + draw.below(11),
+            }
             body = json.dumps(event if kind == 0 else changed(draw, event)).encode()
             body = draw.edited(body) if kind == 2 else body
         elif kind == 3:

@@ -115,7 +115,7 @@ def saved(make_model: MakeModel, tmp_path: Path) -> Path:
         ("n_items", 2**40, "item_embedding.weight must be"),
         ("num_layers", 10**9, "num_layers must be at most 65536"),
         ("num_layers", 60000, "tensors for 60000 layers"),
-        ("id_map_file", "nothing.json", "no such file"),
+        ("id_map_file", "nothing.json", "No such file"),
     ],
 )
 def test_edited_config(saved: Path, field: str, value: Any, message: str) -> None:

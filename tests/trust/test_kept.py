@@ -90,10 +90,34 @@ def test_an_id_map_of_another_model(tmp_path: Path) -> None:
     with_ids(500, 0).id_map.save(tmp_path / "id_map.json")  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"must be the id map config\.json was saved with"):
         RecGRELA.from_pretrained(tmp_path)
-    model.id_map = IdMap(np.arange(2), np.arange(3))
-    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id_map_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    IdMap(np.arange(2), np.arange(3)).save(tmp_path / "id_map.json")
     with pytest.raises(CheckpointError, match=r"must name the model's \d+ items, got 3"):
         RecGRELA.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("id_map", "message"),
+    [
+        (lambda n: IdMap(np.arange(2), np.arange(3)), r"must name the model's \d+ items, got 3"),
+        (lambda n: IdMap(np.arange(2), np.zeros(n, np.int64)), "ids must be distinct"),
+        (lambda n: IdMap(np.arange(2), np.arange(n), {1: 5}), "titles must be text"),
+        (lambda n: IdMap(np.arange(2), np.arange(n), {1: "\ud800"}), "must hold UTF-8 text"),
+        (lambda n: {}, "must be an IdMap, got {}"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(
+    tmp_path: Path, id_map: Any, message: str
+) -> None:
+    model = with_ids(100, 0)
+    model.save_pretrained(tmp_path)
+    other = with_ids(100, 1)
+    other.id_map = id_map(other.config.num_items)
+    with pytest.raises((ValueError, TypeError), match=message):
+        other.save_pretrained(tmp_path)
+    assert item_ids(RecGRELA.from_pretrained(tmp_path)) == item_ids(model)
 
 
 def test_an_id_map_from_before_it_had_a_digest(tmp_path: Path) -> None:
