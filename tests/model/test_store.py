@@ -221,6 +221,8 @@ def test_a_padding_item_makes_room_for_nobody(model: RecGRELA) -> None:
     assert store.lookup([1, 2]).state.position.tolist() == [2, 1]
     assert store.lookup([1]).seen.ids(0).tolist() == [3, 5]
     assert torch.equal(store.step([2], torch.tensor([0]))[0], before[0])
+    store.step([99], torch.tensor([0]))  # alone: nobody else of the call keeps the others
+    assert sorted(store.users.tolist()) == [1, 2]
 
 
 def test_a_callback_must_not_change_the_store(model: RecGRELA) -> None:

@@ -5,6 +5,7 @@ in tests/fuzz/corpus.
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -154,6 +155,15 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
         ({"seen.items": torch.tensor([9], dtype=torch.int32)}, {}, "lengths of the lists"),
         ({"seen.users": torch.arange(50, 56)}, {}, "must be kept once"),
         ({"seen.items": -torch.ones(6, dtype=torch.int32)}, {}, "must be ascending rows"),
+        (
+            {
+                "seen.users": torch.tensor([1]),
+                "seen.counts": torch.tensor([6]),
+                "seen.items": torch.full((6,), 3, dtype=torch.int32),
+            },
+            {},
+            "must be ascending rows",
+        ),
         ({"seen.items": torch.ones(0, 3, dtype=torch.int32)}, {}, "of 1 dimensions"),
     ],
 )
@@ -251,3 +261,36 @@ def test_shuffled_keeps_times_apart_that_differ_by_a_fraction_or_are_far() -> No
         ints = _distinct_ints(times)
     assert len(set(ints.tolist())) == len(times)
     assert ints[[2, 5]].tolist() == [2, -3]  # whole times as ever: the order of known data stays
+
+
+def test_parquet_as_pandas_writes_it(tmp_path: Path) -> None:
+    """A column that was an index, columns of one name, bytes for times."""
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    pyarrow, parquet = (importlib.import_module(n) for n in ("pyarrow", "pyarrow.parquet"))
+    path = tmp_path / "x.parquet"
+    frame = pandas.DataFrame({"user": [1, 1, 2], "item": [3, 4, 3], "time": [5, 6, 7]})
+    frame.set_index("user").to_parquet(path)
+    log = Interactions.from_file(path)
+    assert log.user_ids[log.user].tolist() == [1, 1, 2]
+    columns = [pyarrow.array([1, 2])] * 3
+    parquet.write_table(pyarrow.table(columns, names=["user", "item", "user"]), path)
+    with pytest.raises(DataError, match="must have distinct columns, got 'user' twice"):
+        Interactions.from_file(path)
+    frame.assign(time=[b"\xff", b"\xfe", b"\xfd"]).to_parquet(path)
+    with pytest.raises(DataError, match="time must be numbers or dates, got bytes"):
+        Interactions.from_file(path)
+
+
+def test_titles_beyond_the_limit_of_a_csv_field(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,3,4\n1,3,3,5\n")
+    (tmp_path / "movies.csv").write_text('movieId,title\n2,"' + "x" * 140_000 + '"\n')
+    with pytest.raises(DataError, match=r"movies\.csv must be CSV, got field larger"):
+        Interactions.from_file(tmp_path / "ratings.csv")
+
+
+@pytest.mark.parametrize("digits", [300, 5000])
+def test_ids_of_more_digits_than_python_reads(tmp_path: Path, digits: int) -> None:
+    (tmp_path / "x.csv").write_text(f"user,item,time\n1,{'7' * digits},3\n1,2,4\n")
+    with pytest.raises(DataError, match="item ids must have at most 256 characters"):
+        Interactions.from_file(tmp_path / "x.csv")
