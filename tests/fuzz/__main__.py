@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import torch
 
 from tests.fuzz import targets
+from tests.fuzz.crashes import PLACE, LastInput, keep, watch
 from tests.fuzz.draw import REFUSED
 from tests.trust import records
 
@@ -50,10 +51,12 @@ class Counted:
         self.versions = {**records.versions(), "commit": records.commit()}
         self.runs, self.slowest, self.found = 0, 0.0, ""
         self.accepted: Counter[str] = Counter()
+        self.last = LastInput(Path(os.environ[PLACE]))
         self.start = self.written = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
         self.runs += 1
+        self.last.begin(data)
         begin, worked = time.monotonic(), time.process_time()
         try:
             accepted = self.target(data)
@@ -63,9 +66,11 @@ class Counted:
             assert took < LONGEST, f"one input took {took:.0f} s"
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt):
-                self.found = self.keep(data)
+                self.found = keep(self.name, data)
             self.write()
+            self.last.end()
             raise
+        self.last.end()
         if begin - self.written > WRITE_EVERY:
             self.write()
             self.written = begin
@@ -74,13 +79,6 @@ class Counted:
             code = self.finish()
             sys.stdout.flush()
             os._exit(code)
-
-    def keep(self, data: bytes) -> str:
-        place = targets.CORPUS / self.name / f"found-{targets.case_name(data)}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
-        print(f"found: {place}", file=sys.stderr)
-        return place.name
 
     def write(self) -> None:
         """What earlier runs did and this one so far."""
@@ -197,8 +195,10 @@ def main() -> int:
         return replay([options.target] if options.target else list(targets.TARGETS))
     if options.target is None:
         parser.error("target must be given")
-    engine = "random" if options.random else "atheris"
     out = options.results / f"fuzz-{options.target}.json"
+    if PLACE not in os.environ:
+        return watch([sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], options.target, out)
+    engine = "random" if options.random else "atheris"
     counted = instrumented(
         engine, lambda: Counted(options.target, options.runs, options.seconds, out, engine)
     )

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from tests.fuzz import targets
+from tests.fuzz.crashes import watch
 from tests.fuzz.draw import REFUSED
+from tests.trust import records
 
 NEEDS = {"requests": "fastapi", "readers": "pyarrow"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,3 +46,34 @@ def test_an_option_that_is_none_is_refused() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert "unrecognized arguments: --rnus" in run.stderr
+
+
+CRASHES = """
+import os, signal, sys
+from pathlib import Path
+from tests.fuzz.crashes import PLACE, LastInput
+last = LastInput(Path(os.environ[PLACE]))
+last.begin(b"fine")
+last.end()
+if sys.argv[1] != "0":
+    last.begin(b"bad input")
+    os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("number", "found"), [(11, True), (9, True), (2, False), (0, False)])
+def test_a_crash_is_a_finding(
+    number: int, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSEGV and SIGKILL inside an input; not Ctrl-C, and not the end of a run."""
+    monkeypatch.setattr(targets, "CORPUS", tmp_path / "corpus")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out = tmp_path / "record.json"
+    records.write(out, {"findings": [], "runs_since_a_finding": 7})
+    code = watch([sys.executable, "-c", CRASHES, str(number)], "states", out)
+    kept = [path.read_bytes() for path in targets.corpus("states")]
+    assert kept == ([b"bad input"] if found else [])
+    assert (code == 1) == found
+    record = records.read(out)
+    assert len(record["findings"]) == found
+    assert record["runs_since_a_finding"] == (0 if found else 7)
