@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..arguments import as_path
 from ..errors import StateError, check_regular
-from ..files import replacing
+from ..files import SAFETENSORS, replacing
 from .persistence import check_model, weights_digest
 from .pool import Pool
 from .state import LAST_POSITION
@@ -68,7 +68,7 @@ def load(
     path = as_path(path, "UserStateStore.load")
     check_regular(path, StateError, "UserStateStore.load: ")
     try:
-        with safe_open(os.fspath(path), "pt") as file:
+        with safe_open(os.fspath(path), "pt", **SAFETENSORS) as file:
             facts = _facts(path, file.metadata() or {})
             if facts["fingerprint"] != model.fingerprint().hex():
                 raise StateError(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from recgrela_ext.arguments import as_path
 from recgrela_ext.errors import CheckpointError, check_regular, shown
-from recgrela_ext.files import flush
+from recgrela_ext.files import SAFETENSORS, flush
 
 try:
     import fcntl
@@ -165,13 +165,14 @@ class CheckpointFolder:
             whole = whole and tensors_told == _sha256_of_file(place / _TENSORS)
             if not whole:
                 raise CheckpointError(f"{place} must be whole, got files that miss their checksum")
-            loaded = safetensors.torch.load_file(place / _TENSORS)
+            loaded = safetensors.torch.load_file(place / _TENSORS, **SAFETENSORS)
         except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{place} must be a whole checkpoint, got {error}") from None
-        tensors = {name: tensor.clone() for name, tensor in loaded.items()}  # off the mapped file
-        return Checkpoint(step, tensors, content["state"])
+        if not SAFETENSORS:  # off the mapped file
+            loaded = {name: tensor.clone() for name, tensor in loaded.items()}
+        return Checkpoint(step, loaded, content["state"])
 
     def load_newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, a warning for each torn one; None when there is none at all.
