@@ -24,7 +24,7 @@ PAGE = records.FOLDER.parents[2] / "docs" / "trust.md"
 BEGIN = "<!-- results of the runs: python -m tests.trust -->"
 END = "<!-- end of results -->"
 INPUTS = {
-    "readers": "event files in ten formats, titles beside them",
+    "readers": "event files of ten kinds, titles beside them",
     "states": "state and seen-item bytes",
     "models": "model folders: config, weights, id map",
     "stores": "saved user-state stores",
