@@ -154,7 +154,7 @@ class IdEncoder:
         raw = list(self._code_of)
         if texts := [one for one in raw if isinstance(one, str)]:
             _check_text(texts, self._what, self._where)
-        if parse_numbers and all(isinstance(one, str) and _is_plain_integer(one) for one in raw):
+        if parse_numbers and all(isinstance(one, str) and is_plain_integer(one) for one in raw):
             raw = [int(one) for one in raw]
         if any(isinstance(one, str) for one in raw):
             raw = [str(one) for one in raw]
@@ -185,7 +185,7 @@ class IdEncoder:
             _check_range(min(raw), max(raw), self._what, self._where)
 
 
-def _is_plain_integer(text: str) -> bool:
+def is_plain_integer(text: str) -> bool:
     digits = text[1:] if text.startswith("-") else text
     return digits.isdecimal() and digits.isascii() and (digits[0] != "0" or text == "0")
 

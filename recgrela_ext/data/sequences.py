@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from recgrela_ext.arguments import as_array, as_path, is_whole
-from recgrela_ext.data.ids import check_id_array, ends_in_zero, lone_surrogate
+from recgrela_ext.data.ids import check_id_array, ends_in_zero, is_plain_integer, lone_surrogate
 from recgrela_ext.errors import DataError, check_regular, shown
 from recgrela_ext.files import write_files
 
@@ -359,6 +359,13 @@ def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:
         broken = wanted[wanted != np.floor(wanted)]  # NaN too
         if broken.size:
             raise DataError(f"{where}: {what} must be a known id, got {_first(broken)}")
+    if wanted.dtype.kind in "cmM":
+        raise DataError(f"{where}: {what} must be a known id, got {_first(wanted)}")
+    if wanted.dtype.kind in "US" and ids.dtype.kind == "i":  # NumPy reads "1_0" and "+5"
+        texts = wanted.astype(str).ravel().tolist()
+        other = next((text for text in texts if not is_plain_integer(text)), None)
+        if other is not None:
+            raise DataError(f"{where}: {what} must be a known id, got {shown(other)}")
     try:
         if wanted.dtype.kind != ids.dtype.kind and wanted.size:
             wanted = wanted.astype(np.int64 if ids.dtype.kind == "i" else str)

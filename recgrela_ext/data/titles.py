@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def _title_file(source: Source) -> Path | None:
 
 
 def _rows(path: Path, source: Source) -> Iterator[tuple[str, str]]:
-    lines = _text(path).splitlines()
+    # Not splitlines, for which the three dots of Windows in a file of Latin-1 end a line.
+    lines = re.split("\r\n|\r|\n", _text(path))
     if source.format == "recbole":
         header = [column.partition(":")[0] for column in lines[0].split("\t")] if lines else []
         place = next(

@@ -33,7 +33,7 @@ def make(name: str, folder: Path) -> Target:
 
 
 def corpus(name: str) -> list[Path]:
-    """Inputs kept for a target: what reached new code, and every case that was found."""
+    """Inputs kept for a target: every case that was found, while it shows something."""
     return sorted(path for path in (CORPUS / name).glob("*") if path.is_file())
 
 

@@ -294,3 +294,21 @@ def test_ids_of_more_digits_than_python_reads(tmp_path: Path, digits: int) -> No
     (tmp_path / "x.csv").write_text(f"user,item,time\n1,{'7' * digits},3\n1,2,4\n")
     with pytest.raises(DataError, match="item ids must have at most 256 characters"):
         Interactions.from_file(tmp_path / "x.csv")
+
+
+def test_titles_of_windows_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "ratings.dat").write_text("1::10::5::978300760\n1::11::3::978302109\n")
+    (tmp_path / "movies.dat").write_bytes(
+        b"10::Wait\x85 what (1995)::Drama\r\n11::Caf\xe9::Drama\r\n"
+    )
+    titles = Interactions.from_file(tmp_path / "ratings.dat").id_map.item_titles
+    assert titles is not None
+    assert [titles[10], titles[11]] == ["Wait\x85 what (1995)", "Caf\xe9"]
+
+
+@pytest.mark.parametrize("text", ["1_0", "+10", " 10", "010", "\uff11\uff10", "1e1"])
+def test_ids_are_looked_up_as_they_are_written(text: str) -> None:
+    ids = IdMap(np.arange(3), np.array([5, 10]))
+    assert ids.encode_items(["10"]).tolist() == [2]
+    with pytest.raises(DataError, match="encode_items: item must be a known id, got"):
+        ids.encode_items([text])
