@@ -62,15 +62,11 @@ def soak_row(record: dict[str, Any]) -> Row:
     samples, verdict = record["samples"], record["verdict"]
     hours = samples[-1]["seconds"] / 3600
     tried = f"{hours:.1f} h, {samples[-1]['rounds']} rounds, {len(samples)} samples"
-    found = "; ".join(verdict["findings"]) or "flat"
-    slope = f"{verdict['rss_mib_per_hour']} MiB an hour" if "rss_mib_per_hour" in verdict else ""
     ended = "" if record["finished"] else ", cut short"
-    return (
-        "soak: training, streaming, retrieval, saving",
-        tried + ended,
-        f"{found}, {slope}",
-        when(record),
-    )
+    found = "; ".join(verdict["findings"]) or f"flat, {verdict['rss_mib_per_hour']} MiB an hour"
+    if note := record.get("note"):
+        found += f": {note}"
+    return "soak: training, streaming, retrieval, saving", tried + ended, found, when(record)
 
 
 def mutation_row(record: dict[str, Any]) -> Row:
