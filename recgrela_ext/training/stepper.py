@@ -129,7 +129,8 @@ class Stepper:
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `tensors` returned. The caller has compared the fingerprints."""
+        """Takes back what `tensors` returned; of another make, ValueError, and takes nothing."""
+        self._check(tensors)
         self.model.load_state_dict(_under("model/", tensors))
         self.optimizer.state.clear()
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -138,6 +139,29 @@ class Stepper:
                 self.optimizer.state[parameter][key] = value.to(parameter.device)
         for name, value in _under("average/", tensors).items():
             self.average[name].copy_(value)
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        wanted = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        wanted |= {f"average/{name}": tensor for name, tensor in self.average.items()}
+        missing = next((name for name in wanted if name not in tensors), None)
+        step = torch.empty(())
+        for name, parameter in self._parameters.items():
+            likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+            parts = {f"optimizer/{key}/{name}": like for key, like in likes.items()}
+            if any(part in tensors for part in parts):  # a weight without a gradient has none
+                missing = missing or next((part for part in parts if part not in tensors), None)
+            wanted |= parts
+        if missing is not None:
+            raise ValueError(f"{missing} must be there")
+        for name, found in tensors.items():
+            like = wanted.get(name)
+            if like is None:
+                raise ValueError(f"{name} must not be there")
+            if found.shape != like.shape or found.dtype != like.dtype:
+                raise ValueError(
+                    f"{name} must be {like.dtype} {list(like.shape)}, "
+                    f"got {found.dtype} {list(found.shape)}"
+                )
 
     def kept_weights(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The state dict to keep: the averaged weights where there are any."""

@@ -21,6 +21,7 @@ TARGETS = {
     "models": ("saved", "Models"),
     "stores": ("saved", "Stores"),
     "checkpoints": ("saved", "Checkpoints"),
+    "resumes": ("resumed", "Resumes"),
     "requests": ("requests", "Requests"),
     "operators": ("operators", "Operators"),
 }

@@ -35,6 +35,13 @@ CHANGES: dict[str, Change] = {
     "a tensor of another shape": lambda state, tensors: tensors.update(
         {sorted(tensors)[0]: torch.zeros(1)}
     ),
+    "an average of Adam's of another kind": lambda state, tensors: tensors.update(
+        {name: t.to(torch.int32) for name, t in tensors.items() if "exp_avg/" in name}
+    ),
+    "a step of Adam's less": lambda state, tensors: tensors.pop(
+        next(name for name in tensors if "/step/" in name)
+    ),
+    "a tensor more": lambda state, tensors: tensors.update(other=torch.ones(2)),
     "no tensors": lambda state, tensors: tensors.clear(),
 }
 

@@ -195,7 +195,8 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "flipped":
-        middle = len(content) // 2
+        # Not any place of the JSON: the last digit of a time may be one that no float64 shows.
+        middle = content.find(b"position") if path.suffix == ".json" else len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         path.unlink()

@@ -29,6 +29,7 @@ INPUTS = {
     "models": "model folders: config, weights, id map",
     "stores": "saved user-state stores",
     "checkpoints": "training checkpoints",
+    "resumes": "trainings resumed from checkpoints with right sums",
     "requests": "requests to the example service",
     "operators": "arguments of every operator, public and raw",
 }
