@@ -19,6 +19,7 @@ with kv = sum R_s phi(k_s) v_s^T (key dim first) and conv = the last W - 1 value
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -76,10 +77,8 @@ def inv_freq(
     check_whole(head_dim, "inv_freq", "head_dim", low=0)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"inv_freq: head_dim must be even and at least 2, got {shown(head_dim)}")
-    if not isinstance(base, (float, int)) or not 0 < base < 1e300:
-        raise ValueError(
-            f"inv_freq: base must be a number above 0 and below 1e300, got {shown(base)}"
-        )
+    if not isinstance(base, (float, int)) or not 0 < base <= sys.float_info.max:
+        raise ValueError(f"inv_freq: base must be a finite number above 0, got {shown(base)}")
     if not is_one_of(rotary, ("full_width", "per_head", "none")):
         raise ValueError(
             f"inv_freq: rotary must be 'full_width', 'per_head' or 'none', got {shown(rotary)}"

@@ -251,8 +251,8 @@ def test_inv_freq_base_and_none() -> None:
         ((2, 7), "head_dim must be even and at least 2, got 7"),
         ((2, 0), "head_dim must be even and at least 2, got 0"),
         ((2, 8, "adjacent"), "rotary must be 'full_width', 'per_head' or 'none', got 'adjacent'"),
-        ((2, 8, "full_width", 0.0), "base must be a number above 0 and below 1e300, got 0.0"),
-        ((2, 8, "full_width", math.nan), "base must be a number above 0 and below 1e300, got nan"),
+        ((2, 8, "full_width", 0.0), "base must be a finite number above 0, got 0.0"),
+        ((2, 8, "full_width", math.nan), "base must be a finite number above 0, got nan"),
     ],
 )
 def test_inv_freq_refuses(arguments: tuple[Any, ...], text: str) -> None:

@@ -234,8 +234,8 @@ def test_frequencies_and_packed_weights() -> None:
         ((2, 4.0), TypeError, r"head_dim must be an int, got 4\.0"),
         ((2**40, 4), ValueError, r"num_heads must be below 2\*\*31, got 1099511627776"),
         ((2, 4, None), ValueError, "rotary must be .*, got None"),
-        ((2, 4, "none", "x"), ValueError, "base must be a number above 0 .*, got 'x'"),
-        ((2, 4, "none", 10**400), ValueError, "base must be a number above 0 and below 1e300"),
+        ((2, 4, "none", "x"), ValueError, "base must be a finite number above 0, got 'x'"),
+        ((2, 4, "none", 10**400), ValueError, "base must be a finite number above 0"),
     ):
         refused(lambda given=arguments: ops.inv_freq(*given), error, f"^inv_freq: {text}")
     assert ops.inv_freq(np.int64(2), 4).shape == (2, 2)  # type: ignore[arg-type]
