@@ -33,11 +33,14 @@ def as_array(values: Any, caller: str, name: str, error: type[Exception] = TypeE
     try:
         if isinstance(values, Tensor):
             return values.detach().cpu().numpy()
-        return np.asarray(values)
+        array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError):  # lists of several lengths; nested, meta, float8
         raise error(
             f"{caller}: {name} must be a plain list, array or tensor, got {shown(values)}"
         ) from None
+    if np.ma.is_masked(values):
+        raise error(f"{caller}: {name} must have no masked values, got {shown(values)}")
+    return array
 
 
 def is_one_of(value: Any, choices: Container[Any]) -> bool:

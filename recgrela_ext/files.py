@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
-
-# For load_file and safe_open. Through a mapped file, which is the only way before safetensors 0.8,
-# each tensor that is loaded keeps 63 bytes in the process for good.
-SAFETENSORS: dict[str, Any] = (
-    {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
-)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,18 @@ class Interactions:
             )
         if not len(self.user):
             raise DataError(f"Interactions: {self.name} must hold at least one event, got 0")
+        for what, codes, ids in (
+            ("user", self.user, self.user_ids),
+            ("item", self.item, self.item_ids),
+        ):
+            if codes.dtype.kind not in "iu":
+                raise DataError(f"Interactions: {what} must be integers, got dtype {codes.dtype}")
+            low, high = int(codes.min()), int(codes.max())
+            if low < 0 or high >= len(ids):
+                raise DataError(
+                    f"Interactions: {what} must hold codes of the {len(ids)} {what}_ids, "
+                    f"got {low if low < 0 else high}"
+                )
 
     @classmethod
     def from_frame(

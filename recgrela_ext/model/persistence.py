@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from .. import ops
@@ -20,6 +20,7 @@ from ..arguments import as_path, usable_device
 from ..errors import CheckpointError, DataError, check_regular, shown
 from ..files import write_files
 from ..layers.packing import pack
+from ..tensor_files import tensors_to_bytes
 from .config import CONFIG_FILE, DIGESTS, WEIGHTS_FILE, RecGRELAConfig
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     if model.id_map is not None and name is not None:
         files[name] = _id_map_bytes(model)
         fields["id_map_sha256"] = hashlib.sha256(files[name]).hexdigest()
-    files[WEIGHTS_FILE] = save(weights, metadata={"format": "pt"})
+    files[WEIGHTS_FILE] = tensors_to_bytes(weights, metadata={"format": "pt"})
     files[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
     write_files({folder / name: content for name, content in files.items()})
 

@@ -183,6 +183,13 @@ class UserState:
         check_integers("UserState.select", "users", users)
         if users.dim() != 1:
             raise ValueError(f"UserState.select: users must be [n], got {list(users.shape)}")
+        if users.numel():
+            low, high = (int(x) for x in users.aminmax())
+            if low < 0 or high >= len(self.position):
+                raise ValueError(
+                    f"UserState.select: users must lie in 0..{len(self.position) - 1}, "
+                    f"got {low if low < 0 else high}"
+                )
         return UserState(
             self.buffer.index_select(0, users),
             self.position.index_select(0, users),

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..arguments import as_path
 from ..errors import StateError, check_regular
-from ..files import SAFETENSORS, replacing
+from ..files import replacing
+from ..tensor_files import READ_OPTIONS, save_tensors
 from .persistence import check_model, weights_digest
 from .pool import Pool
 from .state import LAST_POSITION
@@ -52,7 +52,7 @@ def save(store: UserStateStore, path: str | os.PathLike[str]) -> None:
     }
     with replacing(path) as (temporary,):
         try:
-            save_file(tensors, temporary, metadata={"kind": _KIND, "facts": json.dumps(facts)})
+            save_tensors(temporary, tensors, metadata={"kind": _KIND, "facts": json.dumps(facts)})
         except SafetensorError as error:  # its only reason here: the disk
             raise OSError(f"UserStateStore.save: {path} must be writable: {error}") from None
 
@@ -68,7 +68,7 @@ def load(
     path = as_path(path, "UserStateStore.load")
     check_regular(path, StateError, "UserStateStore.load: ")
     try:
-        with safe_open(os.fspath(path), "pt", **SAFETENSORS) as file:
+        with safe_open(os.fspath(path), "pt", **READ_OPTIONS) as file:
             facts = _facts(path, file.metadata() or {})
             if facts["fingerprint"] != model.fingerprint().hex():
                 raise StateError(

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from recgrela_ext.arguments import as_path
 from recgrela_ext.errors import CheckpointError, check_regular, shown
-from recgrela_ext.files import SAFETENSORS, flush
+from recgrela_ext.files import flush
+from recgrela_ext.tensor_files import READ_OPTIONS, save_tensors
 
 try:
     import fcntl
@@ -132,8 +133,7 @@ class CheckpointFolder:
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, folder / _TENSORS)
+        save_tensors(folder / _TENSORS, tensors)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -165,12 +165,12 @@ class CheckpointFolder:
             whole = whole and tensors_told == _sha256_of_file(place / _TENSORS)
             if not whole:
                 raise CheckpointError(f"{place} must be whole, got files that miss their checksum")
-            loaded = safetensors.torch.load_file(place / _TENSORS, **SAFETENSORS)
+            loaded = safetensors.torch.load_file(place / _TENSORS, **READ_OPTIONS)
         except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{place} must be a whole checkpoint, got {error}") from None
-        if not SAFETENSORS:  # off the mapped file
+        if not READ_OPTIONS:  # off the mapped file
             loaded = {name: tensor.clone() for name, tensor in loaded.items()}
         return Checkpoint(step, loaded, content["state"])
 

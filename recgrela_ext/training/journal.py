@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from recgrela_ext.arguments import as_path
 from recgrela_ext.files import write_files
 
 
@@ -16,7 +16,9 @@ class EpochLog:
     """A file of JSON lines. A resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else as_path(path, "fit", "log_file")
+        if self.path is not None and self.path.is_dir():
+            raise ValueError(f"fit: log_file must be a file, got the folder {self.path}")
 
     def rewind(self, step: int) -> None:
         """Keeps the lines up to optimiser step `step`; 0 empties the file."""
@@ -24,7 +26,7 @@ class EpochLog:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         old = []
-        if self.path.exists():  # a torn line is dropped, whatever its bytes
+        if self.path.is_file():  # a torn line is dropped, whatever its bytes
             old = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in old if _step_of(line) <= step]
         write_files({self.path: "".join(f"{line}\n" for line in kept)})

@@ -416,6 +416,8 @@ def _check_arguments(
             raise ValueError(f"fit: {name} must be a positive number, got {shown(limit)}")
         if name != "minutes" and limit % 1 != 0:
             raise ValueError(f"fit: {name} must be a whole number, got {shown(limit)}")
+        if isinstance(limit, int) and limit >= 2**63:
+            raise ValueError(f"fit: {name} must be below 2**63, got {shown(limit)}")
     if all(limit is None for limit in limits.values()) and (valid is None or not config.patience):
         raise ValueError("fit: epochs, steps or minutes must be given, got none of them")
     if not is_one_of(resume, _RESUME):

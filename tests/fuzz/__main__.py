@@ -3,11 +3,12 @@
     python -m tests.fuzz states --runs 1000000      # stops at the first finding, which it keeps
     python -m tests.fuzz states --random --runs 1000000     # without atheris: random edits
     python -m tests.fuzz --replay                   # every kept input once, as the tests do
+    python -m tests.fuzz states --keep-grown        # what such runs here reached more code with
     python -m tests.fuzz states -max_len=4096       # options of libFuzzer have one dash
 
 Coverage is counted by `pip install atheris`.
-A finding lands in tests/fuzz/corpus/<target>/found-...; the tests replay it from then on. Fix it
-and start again. What a run did is written to tests/trust/results/fuzz-<target>.json, with what
+A finding lands in tests/fuzz/corpus/<target>/found-..., inputs that reach new code with --keep-grown
+in tests/fuzz/corpus/<target>.hex; the tests replay both from then on. Fix a finding and start again. What a run did is written to tests/trust/results/fuzz-<target>.json, with what
 the target accepted, by kind: a run that refused everything tried nothing, and fails.
 """
 
@@ -119,14 +120,21 @@ def fast_folder() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
+def grown_folder(name: str) -> Path:
+    """Where libFuzzer puts inputs that reach new code; it outlives the run."""
+    return Path(tempfile.gettempdir()) / f"recgrela-corpus-{name}"
+
+
 def guided(counted: Counted, flags: list[str]) -> None:
     """libFuzzer by atheris, which ends the process at a finding."""
     import atheris
 
     corpus = targets.CORPUS / counted.name
-    grown = Path(tempfile.gettempdir()) / f"recgrela-corpus-{counted.name}"
+    grown = grown_folder(counted.name)
     for place in (corpus, grown):
         place.mkdir(parents=True, exist_ok=True)
+    for data in targets.grown(counted.name):
+        (grown / targets.case_name(data)).write_bytes(data)
     # New inputs go into the first folder, failing and slow ones beside it: outside the repository.
     options = [
         "-max_len=512",
@@ -142,7 +150,7 @@ def guided(counted: Counted, flags: list[str]) -> None:
 def at_random(counted: Counted, seed: int) -> NoReturn:
     """Random bytes and edits of the corpus, for machines without atheris."""
     rng = random.Random(seed)
-    known = [path.read_bytes() for path in targets.corpus(counted.name)] or [b""]
+    known = targets.corpus(counted.name) or [b""]
     while True:
         data = bytearray(rng.choice(known)) if rng.random() < 0.3 else bytearray()
         data += rng.randbytes(rng.randrange(200))
@@ -168,7 +176,7 @@ def replay(names: list[str]) -> int:
             target = targets.make(name, Path(folder))
             cases = targets.corpus(name)
             for case in cases:
-                target(case.read_bytes())
+                target(case)
         print(f"{name}: {len(cases)} inputs")
     return 0
 
@@ -184,6 +192,7 @@ def main() -> int:
     parser.add_argument("--random", action="store_true", help="without atheris")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
     parser.add_argument("--replay", action="store_true", help="the kept inputs alone")
+    parser.add_argument("--keep-grown", action="store_true", help="add to the kept; nothing is run")
     parser.add_argument("--results", type=Path, default=records.FOLDER, help="folder of the record")
     options, flags = parser.parse_known_args()
     if unknown := [x for x in flags if not re.fullmatch(r"-[a-z]\w*=\S*", x)]:
@@ -195,6 +204,12 @@ def main() -> int:
         return replay([options.target] if options.target else list(targets.TARGETS))
     if options.target is None:
         parser.error("target must be given")
+    if options.keep_grown:
+        inputs = [path.read_bytes() for path in grown_folder(options.target).glob("*")]
+        print(
+            f"{options.target}: {targets.keep_grown(options.target, inputs)} inputs more are kept"
+        )
+        return 0
     out = options.results / f"fuzz-{options.target}.json"
     if PLACE not in os.environ:
         return watch([sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], options.target, out)

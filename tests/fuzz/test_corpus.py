@@ -36,7 +36,7 @@ def test_kept_inputs(name: str, tmp_path: Path) -> None:
     target = targets.make(name, tmp_path)
     rng = random.Random(0)
     for case in targets.corpus(name):
-        target(case.read_bytes())
+        target(case)
     accepted = Counter(target(rng.randbytes(rng.randrange(8, 100))) for _ in range(150))
     assert 0 < accepted[REFUSED] < 150, accepted
 
@@ -71,9 +71,16 @@ def test_a_crash_is_a_finding(
     out = tmp_path / "record.json"
     records.write(out, {"findings": [], "runs_since_a_finding": 7})
     code = watch([sys.executable, "-c", CRASHES, str(number)], "states", out)
-    kept = [path.read_bytes() for path in targets.corpus("states")]
+    kept = targets.corpus("states")
     assert kept == ([b"bad input"] if found else [])
     assert (code == 1) == found
     record = records.read(out)
     assert len(record["findings"]) == found
     assert record["runs_since_a_finding"] == (0 if found else 7)
+
+
+def test_what_was_grown_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "CORPUS", tmp_path)
+    assert targets.keep_grown("states", [b"\x00b", b"a", b""]) == 2
+    assert targets.keep_grown("states", [b"a", b"c"]) == 1
+    assert targets.corpus("states") == [b"a", b"c", b"\x00b"]

@@ -270,7 +270,7 @@ def test_disk_that_refuses_is_one_line(
         raise OSError(28, "No space left on device")
 
     before = CheckpointFolder(run_folder).steps()
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("recgrela_ext.training.checkpoint.save_tensors", full)
     folder = CheckpointFolder(run_folder)
     with pytest.raises(CheckpointError, match=r"must be writable, got .*No space left"):
         folder.save(99, {}, {})

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from recgrela_ext import (
     TrainConfig,
     UserState,
     UserStateStore,
+    fit,
     ops,
 )
 from recgrela_ext.cli import main
@@ -153,6 +155,27 @@ READING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan": (lambda _: LOG.split_by_time(float("nan")), "split_by_time: train, valid, test must"),
     "frame": (lambda _: Interactions.from_frame(None), "from_frame: df must be a frame or a dict"),
     "name": (lambda _: Interactions.from_frame({}, user=None), "from_frame: user must name a colu"),  # type: ignore[arg-type]
+    "user codes": (
+        lambda _: replace(LOG, user=LOG.user + 1),
+        "Interactions: user must hold",
+    ),
+    "item codes": (lambda _: replace(LOG, item=LOG.item - 1), "Interactions: item .*, got -1"),
+    "codes": (
+        lambda _: replace(LOG, item=LOG.item / 2),
+        "Interactions: item must be integers",
+    ),
+    "masked ids": (
+        lambda _: Interactions.from_frame(
+            {"user": np.ma.masked_equal([1, 2], 2), "item": [1, 1]}, time=None, order="file"
+        ),
+        "from_frame: user ids must have no masked values",
+    ),
+    "masked times": (
+        lambda _: Interactions.from_frame(
+            {"user": [1, 2], "item": [1, 1], "timestamp": np.ma.masked_equal([1, 2], 2)}
+        ),
+        "from_frame: time must have no masked values",
+    ),
     "titles": (
         lambda _: Interactions.from_frame(
             {"user": [1], "item": [1], "timestamp": [1], "t": ["\ud800"]}, title="t"
@@ -247,6 +270,9 @@ def test_frequencies_and_packed_weights() -> None:
 
 
 MODEL = small_model().eval()
+TRAIN = LOG.leave_one_out()[0]
+NEW = RecGRELA.for_data(TRAIN, hidden_size=8, num_heads=2, num_layers=1)
+HERE = Path(__file__).parent
 ITEMS = torch.tensor([[1, 2], [3, 4]])
 WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     name: (call, error, text)
@@ -267,6 +293,18 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
          "UserState.cat: states must be a list of UserState, got None"),
         ("selected", lambda: MODEL.init_state(2).select([0]), TypeError,
          "UserState.select: users must be a tensor"),
+        ("user before the first", lambda: MODEL.init_state(2).select(torch.tensor([0, -1])),
+         ValueError, r"UserState.select: users must lie in 0\.\.1, got -1"),
+        ("user behind the last", lambda: MODEL.init_state(2).select(torch.tensor([2])), ValueError,
+         r"UserState.select: users must lie in 0\.\.1, got 2"),
+        ("epochs", lambda: fit(NEW, TRAIN, epochs=10**400), ValueError,
+         r"fit: epochs must be below 2\*\*63, got a int"),
+        ("log", lambda: fit(NEW, TRAIN, steps=1, log_file=5), TypeError,
+         "fit: log_file must be a path, got 5"),
+        ("log in a folder's place", lambda: fit(NEW, TRAIN, steps=1, log_file=HERE), ValueError,
+         "fit: log_file must be a file, got the folder /"),
+        ("masked items", lambda: SeenItems.from_lists([np.ma.masked_equal([1, 2], 2)]), TypeError,
+         "SeenItems.from_lists: items of a user must have no masked values, got"),
         ("state's device", lambda: MODEL.init_state(2).to("gpu"), ValueError,
          "UserState.to: device must be usable, got 'gpu'"),
         ("bytes' model", lambda: UserState.from_bytes(b"", None), TypeError,
