@@ -7,9 +7,10 @@
     python -m tests.fuzz states -max_len=4096       # options of libFuzzer have one dash
 
 Coverage is counted by `pip install atheris`.
-A finding lands in tests/fuzz/corpus/<target>/found-..., inputs that reach new code with --keep-grown
-in tests/fuzz/corpus/<target>.hex; the tests replay both from then on. Fix a finding and start again. What a run did is written to tests/trust/results/fuzz-<target>.json, with what
-the target accepted, by kind: a run that refused everything tried nothing, and fails.
+A finding lands in tests/fuzz/corpus/<target>/found-..., inputs that reach new code land with
+--keep-grown in tests/fuzz/corpus/<target>.hex; the tests replay both from then on. Fix a finding
+and start again. What a run did is written to tests/trust/results/fuzz-<target>.json, with what the
+target accepted, by kind: a run that refused everything tried nothing, and fails.
 """
 
 from __future__ import annotations
@@ -206,9 +207,8 @@ def main() -> int:
         parser.error("target must be given")
     if options.keep_grown:
         inputs = [path.read_bytes() for path in grown_folder(options.target).glob("*")]
-        print(
-            f"{options.target}: {targets.keep_grown(options.target, inputs)} inputs more are kept"
-        )
+        more = targets.keep_grown(options.target, inputs)
+        print(f"{options.target}: {more} inputs more are kept")
         return 0
     out = options.results / f"fuzz-{options.target}.json"
     if PLACE not in os.environ:

@@ -64,7 +64,9 @@ def soak_row(record: dict[str, Any]) -> Row:
     hours = samples[-1]["seconds"] / 3600
     tried = f"{hours:.1f} h, {samples[-1]['rounds']} rounds, {len(samples)} samples"
     ended = "" if record["finished"] else ", cut short"
-    found = "; ".join(verdict["findings"]) or f"flat, {verdict['rss_mib_per_hour']} MiB an hour"
+    found = "; ".join(verdict["findings"]) or (
+        f"flat: {verdict['mib_per_hour']} MiB an hour, {verdict['kib_per_round']} KiB a round"
+    )
     if note := record.get("note"):
         found += f": {note}"
     return "soak: training, streaming, retrieval, saving", tried + ended, found, when(record)
