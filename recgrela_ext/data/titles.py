@@ -40,7 +40,7 @@ def _rows(path: Path, source: Source) -> Iterator[tuple[str, str]]:
     # Not splitlines, for which the three dots of Windows in a file of Latin-1 end a line.
     lines = re.split("\r\n|\r|\n", _text(path))
     if source.format == "recbole":
-        header = [column.partition(":")[0] for column in lines[0].split("\t")] if lines else []
+        header = [column.partition(":")[0] for column in lines[0].split("\t")]
         place = next(
             (i for i, name in enumerate(header) if "title" in name or "name" in name), None
         )

@@ -5,6 +5,7 @@ operators    tests/ops, in Python, on a library built with the same two sanitize
 threads      kernels in threads, random shapes (`--seed`) and events, under ThreadSanitizer; torch
              itself is not built with it, so that tests in Python would report its threads
 valgrind     the step's events under valgrind
+service      the example service killed, its Redis gone and back, its SQLite file damaged
 streaming    ten million events of one user, two thousand random shapes (`--seed`)
 """
 
@@ -135,10 +136,19 @@ def operators(seed: int) -> str:
     return text.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
 
 
+def service(seed: int) -> str:
+    if shutil.which("redis-server") is None:
+        raise SystemExit("service: redis-server was not found (Debian: apt install redis-server)")
+    files = ("tests/cli/test_service.py", "tests/cli/test_service_faults.py")
+    said = run(sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *files)
+    return said.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
+
+
 CHECKS: dict[str, tuple[str, Callable[[int], str]]] = {
     "sanitizers": ("C++ tests, CUDA sources on the host: AddressSanitizer, UBSan", sanitizers),
     "operators": ("tests/ops in Python: AddressSanitizer, UBSan", operators),
     "threads": ("kernels in threads: ThreadSanitizer", threads),
     "valgrind": ("300 events through every kind of step: valgrind", valgrind),
+    "service": ("the example service: kills, Redis gone and back, damaged files", service),
     "streaming": ("ten million events of a user, 2,000 random shapes", streaming),
 }
