@@ -6,6 +6,7 @@ streaming form, for operators and for the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recgrela_ext import RecGRELA, RecGRELAConfig, SeenItems, UserStateStore, ops
+from recgrela_ext.model.losses import softmax_loss
 from recgrela_ext.ops.encoder_step import encoder_step
 from tests.ops.problems import Problem, gradients, make_problem, make_state, outputs
 from tests.tolerance import assert_same_bits
@@ -35,32 +37,42 @@ def spoil(x: Tensor, index: Any, value: float, share: float = 1.0) -> Tensor:
     return x
 
 
+def rela(gate: None, conv_weight: None, conv_bias: None, **arguments: Any) -> Any:
+    return ops.rela(**arguments)
+
+
 @quick
 @given(
+    operator=st.sampled_from([ops.gated_rela, rela]),
     value=bad_values,
     share=st.sampled_from([1.0, 0.1]),
     dtype=dtypes,
     packed=st.booleans(),
+    causal=st.booleans(),
     lengths=st.lists(st.sampled_from([0, 1, 3, 63, 64, 65, 130]), min_size=2, max_size=5),
     head_dim=st.sampled_from([2, 8, 16, 34]),
     state=st.booleans(),
     data=st.data(),
 )
 def test_operator(
+    operator: Callable[..., Any],
     value: float,
     share: float,
     dtype: torch.dtype,
     packed: bool,
+    causal: bool,
     lengths: list[int],
     head_dim: int,
     state: bool,
     data: st.DataObject,
 ) -> None:
-    """gated_rela forward and backward, with the bad user's rows and state spoiled."""
+    """gated_rela and rela forward and backward, the bad user's rows and state spoiled."""
     options: dict[str, Any] = {"packed": lengths} if packed else {"lengths": lengths}
+    if operator is rela:
+        options |= {"gate": False, "W": 0}
     problem = make_problem(
-        len(lengths), max(*lengths, 1), 2, head_dim, dtype=dtype, state=state,
-        return_final_state=True, **options,
+        len(lengths), max(*lengths, 1), 2, head_dim, dtype=dtype, state=state and causal,
+        return_final_state=causal, causal=causal, **options,
     )  # fmt: skip
     bad = data.draw(st.integers(0, len(lengths) - 1))
     starts = np.cumsum([0, *lengths])
@@ -69,14 +81,15 @@ def test_operator(
     def rows(x: Tensor) -> Tensor:
         return spoil(x, own, value, share)
 
-    spoiled = problem.but(**{n: rows(getattr(problem, n)) for n in ("q", "k", "v", "gate")})
+    whole = {n: getattr(problem, n) for n in ("q", "k", "v", "gate")}
+    spoiled = problem.but(**{n: rows(x) for n, x in whole.items() if x is not None})
     if problem.initial_state is not None:
         *sums, position = problem.initial_state
         changed = [spoil(x, bad, value, share) for x in sums]
         spoiled = spoiled.but(initial_state=(*changed, position))
     for found, clean in (
-        (outputs(spoiled.run(ops.gated_rela)), outputs(problem.run(ops.gated_rela))),
-        (gradients(spoiled, ops.gated_rela), gradients(problem, ops.gated_rela)),
+        (outputs(spoiled.run(operator)), outputs(problem.run(operator))),
+        (gradients(spoiled, operator), gradients(problem, operator)),
     ):
         for name, x in found.items():
             if name in ("conv_weight", "conv_bias"):
@@ -168,6 +181,132 @@ def test_topk_rows(value: float, users: int, table: torch.dtype, k: int) -> None
     found = ops.topk_scores(spoil(hidden, bad, value), items, k, 0, scale, seen)
     for a, b in zip(found, clean, strict=True):
         assert_same_bits("list", a[:bad], b[:bad])
+
+
+def by_rows(call: Callable[..., Tensor], rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `call` makes of `rows`, and the rows' gradients for random ones of the result."""
+    leaves = {name: x.detach().requires_grad_() for name, x in rows.items()}
+    out = call(**leaves)
+    given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    found = torch.autograd.grad(out, list(leaves.values()), given)
+    return {"out": out, **dict(zip(leaves, found, strict=True))}
+
+
+def assert_rows_apart(
+    call: Callable[..., Tensor], rows: dict[str, Tensor], bad: int, value: float, share: float
+) -> None:
+    """Row `bad` of every one of `rows` is spoiled; all others come out as they would have."""
+    clean = by_rows(call, rows)
+    found = by_rows(call, {name: spoil(x, bad, value, share) for name, x in rows.items()})
+    others = torch.arange(len(clean["out"])) != bad
+    for name, x in clean.items():
+        assert_same_bits(name, found[name][others], x[others])
+
+
+@quick
+@given(
+    value=bad_values,
+    share=st.sampled_from([1.0, 0.1]),
+    dtype=dtypes,
+    shape=st.sampled_from([(2, 1), (5, 7), (9, 16), (3, 64, 8), (70, 33)]),
+    gelu=st.booleans(),
+    residual=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.9]),
+)
+def test_activation_dropout(
+    value: float, share: float, dtype: torch.dtype, shape: tuple[int, ...], gelu: bool,
+    residual: bool, p: float,
+) -> None:  # fmt: skip
+    names = ("x", "residual") if residual else ("x",)
+    rows = {name: torch.randn(shape).to(dtype) for name in names}
+    bad = shape[0] // 2
+
+    def call(**given: Tensor) -> Tensor:
+        return ops.activation_dropout(**given, gelu=gelu, p=p, seed=3)
+
+    assert_rows_apart(call, rows, bad, value, share)
+
+
+@quick
+@given(
+    value=bad_values,
+    share=st.sampled_from([1.0, 0.1]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    users=st.sampled_from([2, 5, 63, 64, 65, 130]),
+    width=st.sampled_from([8, 16, 32]),  # the kernel takes multiples of 16
+    inner=st.sampled_from([24, 64]),
+    residual=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.9]),
+    data=st.data(),
+)
+def test_feed_forward(
+    value: float, share: float, dtype: torch.dtype, users: int, width: int, inner: int,
+    residual: bool, p: float, data: st.DataObject,
+) -> None:  # fmt: skip
+    shapes = {
+        "first_weight": (inner, width), "first_bias": (inner,),
+        "second_weight": (width, inner), "second_bias": (width,),
+    }  # fmt: skip
+    weights = {n: torch.randn(shape).to(dtype).requires_grad_() for n, shape in shapes.items()}
+    names = ("x", "residual") if residual else ("x",)
+    rows = {name: torch.randn(users, width).to(dtype) for name in names}
+
+    def call(**given: Tensor) -> Tensor:
+        return ops.feed_forward(**given, **weights, p=p, inner_seed=3, outer_seed=4)
+
+    assert_rows_apart(call, rows, data.draw(st.integers(0, users - 1)), value, share)
+
+
+@quick
+@given(
+    value=bad_values,
+    share=st.sampled_from([1.0, 0.1]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    users=st.sampled_from([2, 31, 32, 33, 70]),
+    items=st.sampled_from([5, 140, 300]),
+    biased=st.booleans(),
+    counts=st.booleans(),
+    chunk_rows=st.sampled_from([None, 1, 7]),
+    data=st.data(),
+)
+def test_softmax_loss(
+    value: float, share: float, dtype: torch.dtype, users: int, items: int, biased: bool,
+    counts: bool, chunk_rows: int | None, data: st.DataObject,
+) -> None:  # fmt: skip
+    """Gradients of the other rows; a row without a target changes nothing at all."""
+    hidden, table = torch.randn(users, 24).to(dtype), torch.randn(items, 24).to(dtype)
+    targets = torch.randint(1, items, (users,))
+    targets[::5] = 0
+    bad = data.draw(st.integers(0, users - 1))
+    targets[bad] = int(counts)
+    bias = None
+    if biased:  # three items of every user
+        values = torch.randn(3 * users).to(dtype)
+        bias = ops.LogitBias(
+            3 * torch.arange(users + 1), torch.randint(items, (3 * users,)), values
+        )
+    own = slice(3 * bad, 3 * bad + 3)
+
+    def run(hidden: Tensor, bias: ops.LogitBias | None) -> dict[str, Tensor]:
+        names = ("loss", "hidden", "table", "bias")
+        found = dict(zip(names, ops.softmax_loss(hidden, table, targets, bias=bias), strict=True))
+        leaf = hidden.detach().requires_grad_()
+        loss = softmax_loss(leaf, table, targets, chunk_rows=chunk_rows, bias=bias)
+        found["whole loss"] = loss.detach()
+        (found["hidden, by autograd"],) = torch.autograd.grad(loss, leaf)
+        return found
+
+    clean = run(hidden, bias)
+    if bias is not None:
+        bias = bias._replace(values=spoil(bias.values, own, value, share))
+    found = run(spoil(hidden, bad, value, share), bias)
+    for name, x in clean.items():
+        if "hidden" in name or (name == "bias" and biased):
+            others = torch.ones(len(x), dtype=torch.bool)
+            others[own if name == "bias" else bad] = False
+            assert_same_bits(name, found[name][others], x[others])
+        elif not counts:
+            assert_same_bits(name, found[name], x)
 
 
 class Poisoned:
