@@ -53,7 +53,7 @@ $(STACK_ENV)/%/stamp: $(INSTALLED)
 # Coverage-guided where atheris is installed (pip install atheris), else random edits.
 RUNS ?= 1000000
 SECONDS ?= 60
-FUZZ_TARGETS ?= readers states models stores checkpoints resumes requests operators
+FUZZ_TARGETS ?= readers states models stores checkpoints resumes published frames requests operators
 fuzz: $(INSTALLED)
 	$(PIP) install -q -e '.[service]'
 	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.fuzz $$target --runs $(RUNS) \

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recgrela_ext import ops
+from recgrela_ext.model import losses
 from recgrela_ext.ops import reference
 from recgrela_ext.ops.activation_dropout import activation_dropout
 from recgrela_ext.ops.encoder_step import encoder_step, reference_encoder_step
@@ -129,6 +130,55 @@ def sequence_gradients(draw: Draw) -> str:
     found = gradients(ops.gated_rela, arguments, names)
     alike(found, gradients(reference.gated_rela, arguments, names), problem.q.dtype, name)
     return f"{name}, gradients"
+
+
+def rela_gradients(draw: Draw) -> str:
+    problem = make.problem(draw)
+    arguments = problem.arguments()
+    for unused in ("gate", "conv_weight", "conv_bias", "initial_state"):
+        arguments.pop(unused)
+    if problem.initial_state is None:
+        return compare_gradients("rela", ops.rela, reference.rela, arguments, ("q", "k", "v"))
+    kv, k_sum, conv, position = problem.initial_state
+
+    def from_state(call: Call) -> Call:
+        return lambda kv, k_sum, **rest: call(
+            **rest, initial_state=(kv, k_sum, conv[:, :0], position)
+        )
+
+    arguments |= {"kv": kv, "k_sum": k_sum}
+    names = ("q", "k", "v", "kv", "k_sum")
+    calls = from_state(ops.rela), from_state(reference.rela)
+    return compare_gradients("rela", *calls, arguments, names)
+
+
+def softmax_gradients(draw: Draw) -> str:
+    """`model.losses.softmax_loss`, which is the operator's loss for autograd, and torch's own
+    gradients of the reference."""
+    arguments = make.softmax_arguments(draw)
+    bias = make.bias_arguments(draw, arguments, whole=True)
+    exclude, chunk_rows = arguments["exclude"], draw.one_of([None, None, 1, 7])
+    targets, ignore_index = arguments["targets"], arguments["ignore_index"]
+
+    def biased(values: Tensor | None) -> ops.LogitBias | None:
+        if values is None:
+            return None
+        return ops.LogitBias(bias["offsets"], bias["items"], values)
+
+    def call(hidden: Tensor, table: Tensor, values: Tensor | None) -> Tensor:
+        loss = losses.softmax_loss(
+            hidden, table, targets, ignore_index, exclude, chunk_rows, bias=biased(values)
+        )
+        return loss * len(targets)  # of a mean, gradients would be too small to be compared
+
+    def plain(hidden: Tensor, table: Tensor, values: Tensor | None) -> Tensor:
+        loss = reference.softmax_loss(
+            hidden, table, targets, ignore_index, exclude, False, biased(values)
+        )[0]
+        return loss * len(targets)
+
+    rows = {"hidden": arguments["hidden"], "table": arguments["table"], "values": bias["values"]}
+    return compare_gradients("softmax_loss", call, plain, rows, tuple(rows))
 
 
 def dropout_gradients(draw: Draw) -> str:

@@ -22,6 +22,8 @@ TARGETS = {
     "stores": ("saved", "Stores"),
     "checkpoints": ("saved", "Checkpoints"),
     "resumes": ("resumed", "Resumes"),
+    "published": ("published", "Published"),
+    "frames": ("frames", "Frames"),
     "requests": ("requests", "Requests"),
     "operators": ("operators", "Operators"),
 }

@@ -17,7 +17,7 @@ from tests.fuzz.crashes import watch
 from tests.fuzz.draw import REFUSED
 from tests.trust import records
 
-NEEDS = {"requests": "fastapi", "readers": "pyarrow"}
+NEEDS = {"requests": "fastapi", "readers": "pyarrow", "frames": "pyarrow"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

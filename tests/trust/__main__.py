@@ -30,6 +30,8 @@ INPUTS = {
     "stores": "saved user-state stores",
     "checkpoints": "training checkpoints",
     "resumes": "trainings resumed from checkpoints with right sums",
+    "published": "others' pickled checkpoints, opcode by opcode",
+    "frames": "columns of data frames, their splits and metrics",
     "requests": "requests to the example service",
     "operators": "arguments of every operator, public and raw",
 }
