@@ -75,6 +75,27 @@ ZONES = (None, "UTC", "Asia/Tokyo", "Europe/Berlin")
 EPOCH = datetime.datetime(1970, 1, 1)
 
 
+class Perhaps(list[Value]):
+    """What a column means if it is taken; it may be refused as well."""
+
+
+def mixture(values: list[Value]) -> list[Value] | None:
+    """Whole numbers of any kind are numbers; beside text they may be text; nothing else may be."""
+    if any(isinstance(one, bool) or not isinstance(one, (int, float, str)) for one in values):
+        return None
+    numbers = [one for one in values if not isinstance(one, str)]
+    if any(one < 0 or one >= 2**63 or one != one // 1 for one in numbers):
+        return None
+    if len(numbers) == len(values):
+        exact = all(isinstance(one, int) for one in numbers) or max(numbers) < 2**53
+        return Perhaps(map(int, numbers)) if exact else None
+    if any(isinstance(one, float) for one in numbers) or {*values} & {*ODD_WORDS}:
+        return None
+    texts = [one for one in values if isinstance(one, str)]
+    fit = all(one.isprintable() and len(one) <= 256 for one in texts)
+    return Perhaps(map(str, values)) if fit else None
+
+
 def holes(draw: Draw, values: list[Value]) -> list[Value]:
     """One of them missing."""
     place = draw.below(len(values))
@@ -100,12 +121,12 @@ def ids(draw: Draw, rows: int) -> Column:
         odd = any(one in ODD_WORDS for one in texts)
         # An array of NumPy holds no zero at the end of a text: that is "a" before we see it.
         if form == "U" or (form == "bytes" and all(map(str.isascii, texts))):
-            return make(texts), None if odd and set(texts) & {*ODD_WORDS} != {"a\0"} else [
-                one.rstrip("\0") for one in texts
-            ]
+            cut = Perhaps(one.rstrip("\0") for one in texts)
+            return make(texts), None if {*texts} & {*ODD_WORDS} - {"a\0"} else cut
         if odd or (form in BYTES and not all(map(str.isascii, texts))):
             return made(make, texts), None
-        return made(make, texts), list[Value](texts)
+        known = list[Value](texts)
+        return made(make, texts), Perhaps(known) if form in BYTES else known
     if kind == 5:
         dtype, most = draw.one_of(FLOAT_TYPES), 2**53 - ("float ids" in KNOWN)
         floats = np.array([draw.one_of([*WHOLE, most]) for _ in range(rows)], np.float64)
@@ -125,14 +146,13 @@ def ids(draw: Draw, rows: int) -> Column:
         forms = (list, lambda x: np.array(x, object), pd.Series, lambda x: masked(draw, values))
         return draw.one_of(forms)(gaps), None
     if kind == 7:
-        mixture = [draw.one_of(INTERESTING) for _ in range(rows)]
-        if all(type(one) is int and 0 <= one < 2**63 for one in mixture):
-            return np.array(mixture, object), mixture
-        if all(type(one) is str for one in mixture):
-            return np.array(["x"] * rows), ["x"] * rows
-        if "mixed lists" in KNOWN:
+        choices = INTERESTING if draw.flag() else (0, 1, 7, 7.0, "a", "7", "é", 2**31)
+        some = [draw.one_of(choices) for _ in range(rows)]
+        if "mixed lists" in KNOWN and any(isinstance(one, str) for one in some):
             return [1.5] * rows, None
-        return (mixture if draw.flag() else objects(mixture)), None
+        if "float ids" in KNOWN and 2**53 + 1 in some:
+            return [1.5] * rows, None
+        return (some if draw.flag() else objects(some)), mixture(some)
     others = (
         [True] * rows, np.zeros(rows, bool), np.zeros(rows, complex), np.zeros((rows, 2), int),
         np.zeros(rows, "M8[s]"), np.zeros(rows, "m8[s]"), [[1]] * rows, [{}] * rows,
@@ -186,7 +206,10 @@ def times(draw: Draw, rows: int) -> Column:
         if zone is not None:
             return pd.Series(stamps).dt.tz_localize("UTC").dt.tz_convert(zone), known
         if draw.flag() and "arrow times" not in KNOWN:
-            return pa.array(stamps.astype("M8[ns]")), known
+            nanos = stamps.astype("M8[ns]")
+            kind = pa.timestamp("ns", draw.one_of([None, "UTC", "Asia/Tokyo"]))
+            arrow = pa.array(nanos, pa.timestamp("ns")).cast(kind)
+            return (pd.Series(arrow, dtype=pd.ArrowDtype(kind)) if draw.flag() else arrow), known
         return (pd.Series(stamps) if draw.flag() else stamps), known
     moments = [EPOCH + datetime.timedelta(hours=one) for one in counts]
     known = [one * UNITS["h"] for one in counts]
@@ -277,6 +300,8 @@ class Frames:
             log = Interactions.from_frame(frame, **options)
         except DataError as error:
             refused(error, "from_frame: ", "Interactions: ")
+            sure = not odd and all(type(one) is list for one in (raw_users, raw_items, at))
+            assert not sure, f"refused {columns}: {error}"
             return REFUSED
         if odd:
             return "frame, odd options"
