@@ -300,8 +300,12 @@ class Frames:
             log = Interactions.from_frame(frame, **options)
         except DataError as error:
             refused(error, "from_frame: ", "Interactions: ")
+            told = str(error)
+        else:
+            told = ""
+        if told:
             sure = not odd and all(type(one) is list for one in (raw_users, raw_items, at))
-            assert not sure, f"refused {columns}: {error}"
+            assert not sure, f"refused {columns}: {told}"
             return REFUSED
         if odd:
             return "frame, odd options"
