@@ -43,6 +43,19 @@ def as_array(values: Any, caller: str, name: str, error: type[Exception] = TypeE
     return array
 
 
+def check_same_items(model: Any, id_map: Any, caller: str) -> None:
+    """ValueError where the model's rows are known to be of other items than those of the data."""
+    own = getattr(model, "id_map", None)
+    if own is None or own is id_map:
+        return
+    mine, given = own.item_ids, id_map.item_ids
+    if mine.dtype.kind != given.dtype.kind or not np.array_equal(mine, given):
+        raise ValueError(
+            f"{caller}: model must have been made for the items of the data, got one whose id map "
+            "has others (`id_map.encode_items` gives its rows)"
+        )
+
+
 def is_one_of(value: Any, choices: Container[Any]) -> bool:
     """`value in choices`, and no for lists and arrays, which cannot be looked for."""
     try:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     """Print lists of the best next items."""
     from recgrela_ext.evaluation import format_recommendations
 
-    prepare_file(options.json)
+    prepare_file(options.json, options.model, options.data)
     model = load_model(options.model, use_machine(options))
     lines = _of_items(options, model) if options.items is not None else _of_users(options, model)
     print(format_recommendations(lines))
@@ -50,6 +50,7 @@ def _of_users(options: argparse.Namespace, model: RecGRELA) -> list[Recommended]
 
     assert model.id_map is not None
     reading = Reading.load(options.model).at(options.data)
+    prepare_file(options.json, reading.data)
     found = histories(reading.interactions(progress_of(options)), model.id_map)
     users = found.id_map.encode_users(options.user)
     for raw, row in zip(options.user, users.tolist(), strict=True):

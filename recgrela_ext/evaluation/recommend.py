@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+from recgrela_ext.arguments import check_same_items
 from recgrela_ext.data.sequences import IdMap, Sequences
 from recgrela_ext.errors import DataError, shown
 
@@ -107,6 +108,7 @@ def _recommend(
             f"recommend: model must have the data's n_items {id_map.n_items}, "
             f"got {model.config.n_items}"
         )
+    check_same_items(model, id_map, "recommend")
     if model.config.padding_idx != 0:
         raise ValueError(
             "recommend: model must have padding_idx 0, as an id map has it, "
