@@ -15,7 +15,7 @@ from recgrela_ext.cli.reading import (
     progress_of,
     use_machine,
 )
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 if TYPE_CHECKING:
     from recgrela_ext import RecGRELA
@@ -41,7 +41,12 @@ def _of_items(options: argparse.Namespace, model: RecGRELA) -> list[Recommended]
     if options.data is not None:
         raise ValueError("recommend: --data must go with --user, got --items")
     assert model.id_map is not None
-    items = [item.strip() for item in options.items.split(",") if item.strip()]
+    items = [item.strip() for item in options.items.split(",")]
+    if "" in items and any(items):
+        raise ValueError(
+            f"recommend: --items must be ids with a comma between two, got {shown(options.items)}"
+        )
+    items = [item for item in items if item]
     return recommend_for_items(model, model.id_map, items, options.k, _exclude(options))
 
 
