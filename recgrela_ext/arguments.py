@@ -20,7 +20,8 @@ def as_path(path: Any, caller: str, name: str = "path") -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{caller}: {name} must be a path, got {shown(path)}")
     try:
-        possible = b"\0" not in os.fsencode(path)
+        encoded = os.fsencode(path)
+        possible = bool(encoded) and b"\0" not in encoded
     except UnicodeEncodeError:
         possible = False
     if not possible:

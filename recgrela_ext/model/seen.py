@@ -128,6 +128,8 @@ class SeenItems:
 
     def ids(self, i: int) -> np.ndarray:
         """Sorted item rows of user `i`, int32, read-only."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"SeenItems.ids: i must be below {len(self)} users, got {i}")
         ids = self._users[i].ids.view()
         ids.flags.writeable = False
         return ids

@@ -425,6 +425,10 @@ def _check_arguments(
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("fit: model must have a weight that requires a gradient, got none")
+    if not torch.is_grad_enabled():
+        raise ValueError("fit: gradients must be enabled, got a call in no_grad or inference_mode")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]
     for what, data, kind in (("train", train, Sequences), ("valid", valid, Targets)):
         if what == "valid" and data is None:

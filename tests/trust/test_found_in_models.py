@@ -178,7 +178,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(log: Interactions) -> N
     model = RecGRELA.for_data(train, hidden_size=16, num_layers=1, num_heads=1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.encoder.layers[0].norm1.weight.register_hook(lambda g: g * float("nan"))  # type: ignore[union-attr,operator]
-    fit(model, train, steps=2, config=TrainConfig(clip=1.0), progress=False)
+    with pytest.raises(ValueError, match="loss must be finite, got nan at step 1"):
+        fit(model, train, steps=2, config=TrainConfig(clip=1.0), progress=False)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
