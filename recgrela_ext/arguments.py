@@ -20,7 +20,8 @@ def as_path(path: Any, caller: str, name: str = "path") -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{caller}: {name} must be a path, got {shown(path)}")
     try:
-        possible = b"\0" not in os.fsencode(path)
+        encoded = os.fsencode(path)
+        possible = bool(encoded) and b"\0" not in encoded
     except UnicodeEncodeError:
         possible = False
     if not possible:
@@ -41,6 +42,19 @@ def as_array(values: Any, caller: str, name: str, error: type[Exception] = TypeE
     if np.ma.is_masked(values):
         raise error(f"{caller}: {name} must have no masked values, got {shown(values)}")
     return array
+
+
+def check_same_items(model: Any, id_map: Any, caller: str) -> None:
+    """ValueError where the model's rows are known to be of other items than those of the data."""
+    own = getattr(model, "id_map", None)
+    if own is None or own is id_map:
+        return
+    mine, given = own.item_ids, id_map.item_ids
+    if mine.dtype.kind != given.dtype.kind or not np.array_equal(mine, given):
+        raise ValueError(
+            f"{caller}: model must have been made for the items of the data, got one whose id map "
+            "has others (`id_map.encode_items` gives its rows)"
+        )
 
 
 def is_one_of(value: Any, choices: Container[Any]) -> bool:

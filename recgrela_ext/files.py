@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
 
     All of them are on the disk before the first takes its name, so that an error leaves what was
     there, and a process killed before that does too. Each name changes in one step; several do so
-    in the order of `paths`. A link stays, and what it leads to is replaced.
+    in the order of `paths`. A link stays, and what it leads to is replaced. A file that is replaced
+    passes on its permissions.
 
     Raises:
         FileExistsError: at one of `paths` is something else than a file, a pipe or a device.
@@ -32,7 +34,10 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
             part.open("xb").close()
             parts.append(part)
         yield parts
-        for part in parts:
+        for part, target in zip(parts, targets, strict=True):
+            if target.exists():
+                with contextlib.suppress(OSError):  # a file system without permissions
+                    part.chmod(stat.S_IMODE(target.stat().st_mode))
             flush(part)
         for part, target in zip(parts, targets, strict=True):
             os.replace(part, target)

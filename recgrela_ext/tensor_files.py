@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import stat
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -29,11 +32,15 @@ def save_tensors(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes the file at `path`; tensors of any layout and device."""
-    plain = _plain(tensors)
+    plain, path = _plain(tensors), Path(path)
+    path.touch()
+    usual = path.stat().st_mode  # safetensors makes a file that its owner alone can read
     if _BY_ADDRESS:
         serialize_file(_addresses(plain), path, metadata=metadata)
     else:
         save_file(plain, path, metadata=metadata)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        path.chmod(stat.S_IMODE(usual))
 
 
 def tensors_to_bytes(

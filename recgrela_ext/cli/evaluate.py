@@ -19,10 +19,10 @@ def run(options: argparse.Namespace) -> None:
     from recgrela_ext import evaluate
     from recgrela_ext.evaluation import format_table, write_result
 
-    prepare_file(options.json)
     device, progress = use_machine(options), progress_of(options)
     model = load_model(options.model, device)
     reading = Reading.load(options.model).at(options.data)
+    prepare_file(options.json, options.model, reading.data)
     train, valid, test = reading.splits(progress)
     targets = test if options.split == "test" else valid
     check_targets(reading, model, targets)

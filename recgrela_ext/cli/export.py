@@ -20,9 +20,11 @@ def run(options: argparse.Namespace) -> None:
     if options.out is None and options.item_vectors is None:
         raise ValueError("export: --out or --item-vectors must be given, got neither")
     for path, suffix in ((options.out, ".pt2"), (options.item_vectors, ".npy")):
-        prepare_file(path)
+        prepare_file(path, options.model)
         if path is not None and not path.endswith(suffix):
             raise ValueError(f"export: the file must end in {suffix}, got {path}")
+    if options.item_vectors is not None:
+        prepare_file(_names_of(Path(options.item_vectors)), options.model)
     from recgrela_ext.export import export_program
 
     model = load_model(options.model)
@@ -47,6 +49,10 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+def _names_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
 def write_item_vectors(model: RecGRELA, path: Path) -> Path:
     """Write the item table without padding, and its raw ids beside it; returns that file."""
     import torch
@@ -58,7 +64,7 @@ def write_item_vectors(model: RecGRELA, path: Path) -> Path:
     assert model.id_map is not None
     titles = model.id_map.item_titles
     raw = model.id_map.item_ids.tolist()
-    names = path.with_suffix(".json")
+    names = _names_of(path)
     content = {
         "item_ids": raw,
         "item_titles": None if titles is None else [titles.get(one) for one in raw],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from recgrela_ext.data.interactions import Split
 
 RECORD_FILE = "data.json"
+_MODEL_FILES = ("config.json", "model.safetensors", "id_map.json", RECORD_FILE)
 _FORMAT, _VERSION = "recgrela-data", 1
 _CHOICES = {"split": ["loo", "time"], "time_targets": ["all", "first", "last"]}
 _FILTERS = ("k_core", "min_user", "max_user", "min_item", "max_item")
@@ -250,9 +251,23 @@ def progress_of(options: argparse.Namespace) -> bool | None:
     return False if options.quiet else None
 
 
-def prepare_file(path: str | None) -> None:
-    """Make the folder of an output file; called first, not after an hour of training."""
-    if path is not None:
-        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_dir():
-            raise ValueError(f"output must be a file, got the folder {path}")
+def prepare_file(path: str | Path | None, *others: str | Path | None) -> None:
+    """Make the folder of an output file; called first, not after an hour of training.
+
+    Raises:
+        ValueError: it is a folder, or would take the place of `others`: a file, or one of a folder
+            that a model or data lie in.
+    """
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}")
+    place = Path(os.path.realpath(path))
+    for other in others:
+        if other is None:
+            continue
+        kept = Path(os.path.realpath(other))
+        one_of_it = place.name in _MODEL_FILES or (place.is_file() and place.suffix != ".json")
+        if place == kept or (kept in place.parents and one_of_it):
+            raise ValueError(f"output must not replace what is read or kept, got {path}")
+    place.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from recgrela_ext.cli.reading import (
     progress_of,
     use_machine,
 )
-from recgrela_ext.errors import DataError
+from recgrela_ext.errors import DataError, shown
 
 if TYPE_CHECKING:
     from recgrela_ext import RecGRELA
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     """Print lists of the best next items."""
     from recgrela_ext.evaluation import format_recommendations
 
-    prepare_file(options.json)
+    prepare_file(options.json, options.model, options.data)
     model = load_model(options.model, use_machine(options))
     lines = _of_items(options, model) if options.items is not None else _of_users(options, model)
     print(format_recommendations(lines))
@@ -41,7 +41,12 @@ def _of_items(options: argparse.Namespace, model: RecGRELA) -> list[Recommended]
     if options.data is not None:
         raise ValueError("recommend: --data must go with --user, got --items")
     assert model.id_map is not None
-    items = [item.strip() for item in options.items.split(",") if item.strip()]
+    items = [item.strip() for item in options.items.split(",")]
+    if "" in items and any(items):
+        raise ValueError(
+            f"recommend: --items must be ids with a comma between two, got {shown(options.items)}"
+        )
+    items = [item for item in items if item]
     return recommend_for_items(model, model.id_map, items, options.k, _exclude(options))
 
 
@@ -50,6 +55,7 @@ def _of_users(options: argparse.Namespace, model: RecGRELA) -> list[Recommended]
 
     assert model.id_map is not None
     reading = Reading.load(options.model).at(options.data)
+    prepare_file(options.json, reading.data)
     found = histories(reading.interactions(progress_of(options)), model.id_map)
     users = found.id_map.encode_users(options.user)
     for raw, row in zip(options.user, users.tolist(), strict=True):

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    prepare_file(options.json)
+    prepare_file(options.json, out, options.data)
     device, progress = use_machine(options), progress_of(options)
     recipe = _recipe(options)
     reading = Reading.from_options(options)

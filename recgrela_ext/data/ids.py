@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ def factorize(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarra
     array = as_array(values, where, f"{what} ids", DataError)
     if array.ndim != 1:
         raise DataError(f"{where}: {what} ids must be one column, got shape {array.shape}")
+    if array.dtype.kind != "O" and isinstance(values, Sequence) and _is_mixed(values):
+        array = np.array(values, dtype=object)
     if array.dtype.kind == "f":
         array = _integral(array, what, where)
     if array.dtype.kind in "iu":
@@ -72,6 +74,13 @@ def column_ids(column: Any, what: str, where: str, first: int = 0) -> tuple[list
     if maybe and any(isinstance(one, (bool, np.bool_)) for one in column):
         raise DataError(f"{where}: {what} ids must be integers or text, got bool")
     return found, codes
+
+
+def _is_mixed(values: Sequence[Any]) -> bool:
+    """Whether NumPy would make one type of several: text of 1, NaN and "a", numbers of True."""
+    kinds = set(map(type, values))
+    apart = ((str,), (bytes,), (bool, np.bool_))
+    return len({tuple(issubclass(kind, group) for group in apart) for kind in kinds}) > 1
 
 
 def ends_in_zero(values: Any) -> str | bytes | None:
@@ -151,14 +160,21 @@ class IdEncoder:
         ``parse_numbers`` turns ids into integers when every one of them is written as a plain
         integer; ``007`` beside ``7``, or any other text, keeps all of them text.
         """
-        raw = list(self._code_of)
+        raw: list[Any] = list(self._code_of)
+        other = next((one for one in raw if not isinstance(one, (str, int, np.integer))), None)
+        if other is not None:
+            raise DataError(
+                f"{self._where}: {self._what} ids must be integers or text, "
+                f"got {type(other).__name__}"
+            )
         if texts := [one for one in raw if isinstance(one, str)]:
             _check_text(texts, self._what, self._where)
         if parse_numbers and all(isinstance(one, str) and is_plain_integer(one) for one in raw):
             raw = [int(one) for one in raw]
         if any(isinstance(one, str) for one in raw):
             raw = [str(one) for one in raw]
-        self._check(raw)
+        if raw and not isinstance(raw[0], str):
+            _check_range(min(raw), max(raw), self._what, self._where)
         ids, first, rank = np.unique(
             np.array(raw) if raw else np.empty(0, np.int64),
             return_index=True,
@@ -171,18 +187,6 @@ class IdEncoder:
         self._chunks = []
         np.take(rank.astype(np.int32), codes, out=codes)
         return ids, codes
-
-    def _check(self, raw: list[Any]) -> None:
-        if not raw:
-            return
-        other = next((one for one in raw if not isinstance(one, (str, int, np.integer))), None)
-        if other is not None:
-            raise DataError(
-                f"{self._where}: {self._what} ids must be integers or text, "
-                f"got {type(other).__name__}"
-            )
-        if not isinstance(raw[0], str):
-            _check_range(min(raw), max(raw), self._what, self._where)
 
 
 def is_plain_integer(text: str) -> bool:
@@ -219,20 +223,25 @@ def _check_text(raw: list[str], what: str, where: str) -> None:
 
 def _integral(array: np.ndarray, what: str, where: str, first: int = 0) -> np.ndarray:
     """Integers that pandas turned to floats, because a column once had a gap, are integers."""
-    array = array.astype(np.float64, copy=False)
     missing = np.flatnonzero(np.isnan(array))
     if missing.size:
         raise DataError(
             f"{where}: {what} ids must not be missing, got {missing.size} missing, "
             f"the first in row {first + missing[0]}"
         )
-    bad = np.flatnonzero((array != np.floor(array)) | (np.abs(array) > 2.0**53))
+    bits = exact_bits(array.dtype)
+    bad = np.flatnonzero((array != np.floor(array)) | (np.abs(array) >= 2.0**bits))
     if bad.size:
         raise DataError(
-            f"{where}: {what} ids must be integers (below 2**53 in a float column), "
-            f"got {array[bad[0]]} in row {first + bad[0]}"
+            f"{where}: {what} ids must be integers (below 2**{bits} in a {array.dtype.name} "
+            f"column), got {array[bad[0]]} in row {first + bad[0]}"
         )
     return array.astype(np.int64)
+
+
+def exact_bits(dtype: np.dtype[Any]) -> int:
+    """Below 2**bits a float is the one integer it was made of; from there on two become one."""
+    return min(int(np.finfo(dtype).nmant) + 1, 53)
 
 
 def _factorize_integers(array: np.ndarray, what: str, where: str) -> tuple[np.ndarray, np.ndarray]:

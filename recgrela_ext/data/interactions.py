@@ -18,6 +18,7 @@ import numpy as np
 from recgrela_ext.arguments import is_whole
 from recgrela_ext.data import splits
 from recgrela_ext.data.ids import check_id_array, compact, factorize, lone_surrogate
+from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.data.order import check_order, check_seed, sort_rows
 from recgrela_ext.data.sequences import IdMap, Sequences, Targets
 from recgrela_ext.errors import DataError, shown
@@ -35,11 +36,14 @@ class Interactions:
         user: int32 ``[N]``, codes into ``user_ids``, in file order.
         item: int32 ``[N]``, codes into ``item_ids``.
         time: int64 or float64 ``[N]`` in any unit, or None: the file order is the time order.
-        user_ids, item_ids: raw ids, ascending, int64 or str.
+        user_ids, item_ids: raw ids, ascending, each of them once, int64 or str.
         item_titles: raw item id -> title, where the data has titles.
         order: the rule for ties in time, see ``recgrela_ext.data.order``.
         seed: seed of that rule.
         name: name of the data set, for results.
+
+    Raises:
+        DataError: columns or ids that are not as above, or a time that is not finite.
     """
 
     user: np.ndarray
@@ -82,6 +86,22 @@ class Interactions:
                     f"Interactions: {what} must hold codes of the {len(ids)} {what}_ids, "
                     f"got {low if low < 0 else high}"
                 )
+            wrong = np.flatnonzero(ids[1:] <= ids[:-1])
+            if wrong.size:
+                before, after = ids[wrong[0] : wrong[0] + 2].tolist()
+                raise DataError(
+                    f"Interactions: {what}_ids must ascend, each of them once, "
+                    f"got {shown(after)} after {shown(before)}"
+                )
+        if self.time is None:
+            return
+        if self.time.dtype.kind not in "iuf":
+            raise DataError(f"Interactions: time must be numbers, got dtype {self.time.dtype}")
+        gap = np.flatnonzero(~np.isfinite(self.time))
+        if gap.size:
+            raise DataError(
+                f"Interactions: time must be finite, got {self.time[gap[0]]} in row {gap[0]}"
+            )
 
     @classmethod
     def from_frame(
@@ -95,7 +115,8 @@ class Interactions:
         title: str | None = None,
         name: str = "frame",
     ) -> Interactions:
-        """A log from a DataFrame (pandas, polars), or any mapping of column names to arrays.
+        """A log from a DataFrame (pandas, polars), an Arrow table, or any mapping of column names
+        to arrays.
 
         Args:
             df: the columns; rows in file order.
@@ -103,7 +124,8 @@ class Interactions:
             time: name of the time column (numbers, datetimes or date text), or None together
                 with ``order="file"``: rows of a user are then taken as they stand.
             order, seed: the rule for ties in time.
-            title: name of a column with item titles; the last title of an item counts.
+            title: name of a column with item titles; the last title of an item counts. None,
+                NaN and empty text are none.
             name: name of the data set, for results.
 
         Raises:
@@ -111,21 +133,29 @@ class Interactions:
                 UTF-8 cannot hold, a missing time.
         """
         from recgrela_ext.data.times import as_time
+        from recgrela_ext.data.titles import given_titles
 
         where = "from_frame"
         if not hasattr(df, "columns") and not isinstance(df, Mapping):
             raise DataError(f"{where}: df must be a frame or a dict of columns, got {shown(df)}")
+        arrow = hasattr(df, "column_names") and hasattr(df, "to_pandas")
         for name_of, column in (("user", user), ("item", item), ("time", time), ("title", title)):
             must = name_of in ("user", "item")
             if not isinstance(column, str) and (must or column is not None):
                 raise DataError(f"{where}: {name_of} must name a column, got {shown(column)}")
         wanted = [column for column in (user, item, time, title) if column is not None]
-        found = [str(column) for column in (df.columns if hasattr(df, "columns") else df)]
+        found = list(df.column_names if arrow else df.columns if hasattr(df, "columns") else df)
         for column in wanted:
             if column not in found:
                 raise DataError(
-                    f"{where}: column {column!r} is missing; the columns are {', '.join(found)}"
+                    f"{where}: column {column!r} is missing; "
+                    f"the columns are {', '.join(map(str, found))}"
                 )
+            if found.count(column) > 1:
+                raise DataError(f"{where}: df must have one column {column!r}, got several")
+        if arrow:
+            import_pandas(where)  # Arrow itself asks for it in words of its own
+            df = {column: df.column(column).to_pandas() for column in wanted}
         check_order(order, time is not None, where)
         bare = next((column for column in wanted if not hasattr(df[column], "__len__")), None)
         if bare is not None:
@@ -140,9 +170,8 @@ class Interactions:
         times = None if time is None else as_time(df[time], where)
         titles = None
         if title is not None:
-            raw_items = item_ids[item_codes].tolist()
-            titles = dict(zip(raw_items, map(str, df[title]), strict=True))
-            lone = lone_surrogate(titles.values())
+            titles = given_titles(item_ids[item_codes].tolist(), df[title])
+            lone = None if titles is None else lone_surrogate(titles.values())
             if lone is not None:
                 raise DataError(f"{where}: titles must be UTF-8 text, got {lone!r} in one")
         return cls(user_codes, item_codes, times, user_ids, item_ids, titles, order, seed, name)
@@ -283,8 +312,8 @@ class Interactions:
         if not len(users):
             raise DataError(
                 f"filter: {self.name} must keep at least one user, got 0 of {self.num_users} "
-                f"(users {min_user}..{max_user or 'any'}, items {min_item}..{max_item or 'any'} "
-                "events)"
+                f"(users of {_bounds(min_user, max_user)} events, "
+                f"items of {_bounds(min_item, max_item)})"
             )
         return self.subset(keep)
 
@@ -362,6 +391,10 @@ class Interactions:
                 that do not add up, or a part without events.
         """
         return splits.split_by_time(self, (train, valid, test), targets)
+
+
+def _bounds(smallest: int, largest: int | None) -> str:
+    return f"{smallest} or more" if largest is None else f"{smallest}..{largest}"
 
 
 def _within(codes: np.ndarray, size: int, smallest: int, largest: int | None) -> np.ndarray:

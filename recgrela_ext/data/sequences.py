@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from recgrela_ext.arguments import as_array, as_path, is_whole
-from recgrela_ext.data.ids import check_id_array, ends_in_zero, is_plain_integer, lone_surrogate
+from recgrela_ext.data.ids import (
+    check_id_array,
+    ends_in_zero,
+    exact_bits,
+    is_plain_integer,
+    lone_surrogate,
+)
 from recgrela_ext.errors import DataError, check_regular, shown
 from recgrela_ext.files import write_files
 
@@ -208,7 +214,11 @@ class Sequences:
         num_items: int | None = None,
         name: str = "lists",
     ) -> Sequences:
-        """Histories given as item rows (1-based); raw ids are then the rows themselves."""
+        """Histories given as item rows (1-based); raw ids are then the rows themselves.
+
+        Raises:
+            DataError: rows that are no integers, or lie outside 1..``num_items`` or beyond int32.
+        """
         caller = "Sequences.from_lists"
         if not isinstance(histories, Iterable) or isinstance(histories, str):
             raise DataError(f"{caller}: histories must be lists of items, got {shown(histories)}")
@@ -220,9 +230,12 @@ class Sequences:
         other = next((x.dtype for x in arrays if x.size and x.dtype.kind not in "iu"), None)
         if other is not None:
             raise DataError(f"Sequences.from_lists: items must be integers, got {other}")
+        huge = next((x.max() for x in arrays if x.dtype.kind == "u" and (x >= 2**31).any()), None)
         arrays = [array.astype(np.int64) for array in arrays]
         flat = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-        largest = int(flat.max()) if flat.size else 0
+        largest = int(flat.max() if huge is None else huge) if flat.size else 0
+        if largest >= 2**31:
+            raise DataError(f"{caller}: items must be below 2**31, got {largest}")
         rows = largest if num_items is None else num_items
         if flat.size and (flat.min() < 1 or largest > rows):
             raise DataError(
@@ -356,7 +369,8 @@ def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:
             raise DataError(f"{where}: {what} must be a known id, got {shown(cut)}")
         wanted = wanted.astype(str)
     if wanted.dtype.kind == "f" and ids.dtype.kind == "i":
-        broken = wanted[wanted != np.floor(wanted)]  # NaN too
+        far = np.abs(wanted) >= 2.0 ** exact_bits(wanted.dtype)  # may stand for several ids
+        broken = wanted[far | (wanted != np.floor(wanted))]  # NaN too
         if broken.size:
             raise DataError(f"{where}: {what} must be a known id, got {_first(broken)}")
     if wanted.dtype.kind in "cmM":

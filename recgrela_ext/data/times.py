@@ -21,7 +21,8 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
         where: begins the error line.
         first_row, unit: number and word of the first row, for the error line.
     """
-    array = _column(values, where)
+    values = _plain(values, where)
+    array = as_array(values, where, "time", DataError)
     if array.dtype.kind in "OUST":
         array = _from_objects(values if hasattr(values, "dtype") else array, where, first_row, unit)
     if array.dtype.kind == "M":
@@ -52,12 +53,15 @@ def as_time(values: Any, where: str, first_row: int = 0, unit: str = "row") -> n
     return converted
 
 
-def _column(values: Any, where: str) -> np.ndarray:
-    """An array; times with a zone as what they are in UTC, not as objects."""
-    if getattr(getattr(values, "dtype", None), "tz", None) is not None:
+def _plain(values: Any, where: str) -> Any:
+    """Times with a zone as what they are in UTC; other columns of Arrow's types as NumPy's."""
+    dtype = getattr(values, "dtype", None)
+    arrow = getattr(dtype, "pyarrow_dtype", None)
+    if getattr(arrow or dtype, "tz", None) is not None:
         zoned = import_pandas(where).Series(values)
-        values = zoned.dt.tz_convert("UTC").dt.tz_localize(None)
-    return as_array(values, where, "time", DataError)
+        return zoned.dt.tz_convert("UTC").dt.tz_localize(None)
+    # For pandas, NaN is not missing in a column of Arrow's types.
+    return values if arrow is None else as_array(values, where, "time", DataError)
 
 
 def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndarray:
@@ -92,7 +96,8 @@ class TimeColumn:
 
     def add(self, values: Any, first_row: int, unit: str = "row") -> np.ndarray:
         """`as_time` of one part; DataError also where an earlier part was of the other kind."""
-        array = _column(values, self.where)
+        values = _plain(values, self.where)
+        array = as_array(values, self.where, "time", DataError)
         if array.dtype.kind in "OUST":
             array = _from_objects(values, self.where, first_row, unit)
         times = as_time(array, self.where, first_row, unit)

@@ -1,16 +1,32 @@
-"""Item titles from the file that a data set keeps beside its events."""
+"""Item titles: a column of the events, or the file that a data set keeps beside them."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recgrela_ext.data.formats import Source
 from recgrela_ext.errors import DataError
+
+
+def given_titles(raw_items: list[int | str], column: Iterable[Any]) -> dict[int | str, str] | None:
+    """Raw id -> its last title in a column of the events, or None where there is no title."""
+    pairs = zip(raw_items, column, strict=True)
+    return {raw: str(title) for raw, title in pairs if not _is_missing(title)} or None
+
+
+def _is_missing(title: Any) -> bool:
+    if isinstance(title, str):
+        return not title
+    try:
+        return title is None or bool(title != title)  # NaN, NaT
+    except (TypeError, ValueError):  # pandas.NA does not even tell; nor do arrays
+        return not hasattr(title, "__len__")
 
 
 def read_titles(source: Source, item_ids: np.ndarray) -> dict[int | str, str] | None:

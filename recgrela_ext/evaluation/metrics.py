@@ -10,28 +10,30 @@ mean over its targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from recgrela_ext.arguments import as_array, check_whole, is_whole
+from recgrela_ext.errors import shown
 
 METRIC_NAMES = ("hit", "ndcg", "mrr")
 
 
 def hit_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     """``[rank <= k]``, float64 of the shape of ``ranks``."""
-    return (_check(ranks, k) <= k).astype(np.float64)
+    return _hit(*_checked(ranks, k, "hit_at_k"))
 
 
 def ndcg_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     """``[rank <= k] / log2(rank + 1)``, float64 of the shape of ``ranks``."""
-    ranks = _check(ranks, k)
-    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+    return _ndcg(*_checked(ranks, k, "ndcg_at_k"))
 
 
 def mrr_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     """``[rank <= k] / rank``, float64 of the shape of ``ranks``."""
-    ranks = _check(ranks, k)
-    return np.where(ranks <= k, 1.0 / ranks, 0.0)
+    return _mrr(*_checked(ranks, k, "mrr_at_k"))
 
 
 def metric_values(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
@@ -42,17 +44,19 @@ def metric_values(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]
         ks: cut-offs, integers from 1.
 
     Raises:
-        ValueError: a rank or a cut-off below 1.
+        ValueError: a rank or a cut-off below 1, or a rank that is not whole.
+        TypeError: ranks that are no numbers, or a cut-off that is no int.
     """
-    table = {"hit": hit_at_k, "ndcg": ndcg_at_k, "mrr": mrr_at_k}
-    return {f"{name}@{k}": table[name](ranks, k) for k in ks for name in METRIC_NAMES}
+    return _metric_values(ranks, ks, "metric_values")
 
 
 def mean_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
     """Mean over the targets of :func:`metric_values`; ValueError without targets."""
-    if not len(ranks):
+    ranks = _whole_ranks(ranks, "mean_metrics")
+    values = _metric_values(ranks, ks, "mean_metrics")
+    if not ranks.size:
         raise ValueError("mean_metrics: ranks must hold at least one rank, got none")
-    return {name: float(values.mean()) for name, values in metric_values(ranks, ks).items()}
+    return {name: float(value.mean()) for name, value in values.items()}
 
 
 def bootstrap_interval(
@@ -79,15 +83,26 @@ def bootstrap_interval(
         seed: of numpy's default generator; equal input and seed give equal intervals.
 
     Raises:
-        ValueError: no targets, ``samples`` < 1, or ``level`` outside (0, 1).
+        ValueError: no metrics or targets, arrays of several lengths, ``samples`` < 1, ``level``
+            outside (0, 1), or ``seed`` < 0.
+        TypeError: an argument of another kind.
     """
-    table = np.stack(list(values.values()), axis=1)  # [n, metrics]
-    if not len(table):
-        raise ValueError("bootstrap_interval: values must hold at least one target, got none")
-    if samples < 1:
-        raise ValueError(f"bootstrap_interval: samples must be at least 1, got {samples}")
+    caller = "bootstrap_interval"
+    table = _table(values, caller)
+    if users is not None:
+        users = as_array(users, caller, "users")
+        if users.shape != (len(table),):
+            raise ValueError(
+                f"{caller}: users must be one for each target [{len(table)}], "
+                f"got shape {list(users.shape)}"
+            )
+    check_whole(samples, caller, "samples")
+    if isinstance(level, bool) or not isinstance(level, (int, float, np.floating)):
+        raise TypeError(f"{caller}: level must be a number, got {shown(level)}")
     if not 0.0 < level < 1.0:
-        raise ValueError(f"bootstrap_interval: level must lie in (0, 1), got {level}")
+        raise ValueError(f"{caller}: level must lie in (0, 1), got {level}")
+    if not is_whole(seed) or seed < 0:
+        raise ValueError(f"{caller}: seed must be an int of at least 0, got {shown(seed)}")
     groups, group_users = _groups(table, users)
     num_users = int(group_users.sum())
     means = np.empty((samples, table.shape[1]))
@@ -107,15 +122,73 @@ def _groups(table: np.ndarray, users: np.ndarray | None) -> tuple[np.ndarray, np
     """Different users as rows ``[sums of the metrics, targets]``, and how many users each is."""
     rows = np.concatenate([table, np.ones((len(table), 1))], axis=1)
     if users is not None:
-        _, user = np.unique(np.asarray(users), return_inverse=True)
+        try:
+            _, user = np.unique(users, return_inverse=True)
+        except TypeError:
+            raise TypeError("bootstrap_interval: users must be of one type") from None
         rows = np.stack([np.bincount(user, weights=column) for column in rows.T], axis=1)
     return np.unique(rows, axis=0, return_counts=True)
 
 
-def _check(ranks: np.ndarray, k: int) -> np.ndarray:
-    ranks = np.asarray(ranks)
-    if k < 1:
-        raise ValueError(f"metrics: k must be at least 1, got {k}")
-    if ranks.size and ranks.min() < 1:
-        raise ValueError(f"metrics: ranks must be at least 1, got {ranks.min()}")
-    return ranks
+def _hit(ranks: np.ndarray, k: int) -> np.ndarray:
+    return (ranks <= k).astype(np.float64)
+
+
+def _ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
+    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+
+
+def _mrr(ranks: np.ndarray, k: int) -> np.ndarray:
+    return np.where(ranks <= k, 1.0 / ranks, 0.0)
+
+
+def _metric_values(ranks: Any, ks: Any, caller: str) -> dict[str, np.ndarray]:
+    if not isinstance(ks, Iterable) or isinstance(ks, (str, bytes)):
+        raise TypeError(f"{caller}: ks must be a list of ints, got {shown(ks)}")
+    cutoffs = list(ks)
+    for k in cutoffs:
+        check_whole(k, caller, "k")
+    ranks = _whole_ranks(ranks, caller)
+    table = {"hit": _hit, "ndcg": _ndcg, "mrr": _mrr}
+    return {f"{name}@{k}": table[name](ranks, k) for k in cutoffs for name in METRIC_NAMES}
+
+
+def _checked(ranks: Any, k: Any, caller: str) -> tuple[np.ndarray, int]:
+    check_whole(k, caller, "k")
+    return _whole_ranks(ranks, caller), k
+
+
+def _whole_ranks(ranks: Any, caller: str) -> np.ndarray:
+    array = as_array(ranks, caller, "ranks")
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{caller}: ranks must be whole numbers, got dtype {array.dtype}")
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64, copy=False)
+        other = array[~np.isfinite(array) | (array != np.floor(array))]
+        if other.size:
+            raise ValueError(f"{caller}: ranks must be whole numbers, got {other.flat[0]}")
+    if array.size and array.min() < 1:
+        raise ValueError(f"{caller}: ranks must be at least 1, got {array.min()}")
+    return array
+
+
+def _table(values: Any, caller: str) -> np.ndarray:
+    """``[n, metrics]``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{caller}: values must be a dict of arrays [n], got {shown(values)}")
+    if not values:
+        raise ValueError(f"{caller}: values must hold at least one metric, got none")
+    columns = {name: as_array(one, caller, "values") for name, one in values.items()}
+    for name, column in columns.items():
+        if column.ndim != 1 or column.dtype.kind not in "iufb":
+            raise TypeError(
+                f"{caller}: values must be numbers [n], got {column.dtype} {list(column.shape)} "
+                f"for {name}"
+            )
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{caller}: values must have one length, got {lengths}")
+    table = np.stack(list(columns.values()), axis=1)
+    if not len(table):
+        raise ValueError(f"{caller}: values must hold at least one target, got none")
+    return table

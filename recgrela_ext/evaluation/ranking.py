@@ -13,6 +13,7 @@ that ties are ties, whatever the blocks, the threads and the device: a rank does
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from recgrela_ext.arguments import check_whole
+from recgrela_ext.arguments import check_same_items, check_whole
 from recgrela_ext.data.sequences import Targets
 from recgrela_ext.errors import shown
+from recgrela_ext.modes import evaluating
 
 _ITEMS_PER_BATCH = 32_768  # batch_size=None: longer histories go in smaller batches
 
@@ -78,9 +80,10 @@ def rank_targets(
     """
     if not len(targets):
         raise ValueError("rank_targets: targets must hold at least one target, got none")
-    for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
-        if value is not None:
-            check_whole(value, "rank_targets", name)
+    sizes = {"batch_size": batch_size, "max_seq_len": max_seq_len}
+    blocks = {"user_block": user_block, "item_block": item_block}
+    for name, value in {**{n: x for n, x in sizes.items() if x is not None}, **blocks}.items():
+        check_whole(value, "rank_targets", name)
     if not isinstance(model, Scorer) and not hasattr(model, "item_embedding"):
         raise TypeError(
             f"rank_targets: model must have an item_embedding, or score, got {shown(model)}"
@@ -195,6 +198,7 @@ def _rank_model(
             f"rank_targets: model must have the targets' n_items {ranking.targets.n_items}, "
             f"got {len(table)}"
         )
+    check_same_items(model, ranking.targets.id_map, "rank_targets")
     dtype = torch.float32 if table.device.type == "mps" else torch.float64
 
     def dot(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -257,13 +261,9 @@ def encode_histories(
         fixed = min(crop, max(config.max_seq_len, int(lengths.max(initial=1))))
     order = np.argsort(lengths, kind="stable")
     device = model.item_embedding.weight.device
-    was_training = bool(getattr(model, "training", False))
-    model.eval()
-    try:
+    with evaluating(model) if isinstance(model, torch.nn.Module) else contextlib.nullcontext():
         for index in _batches(order, lengths, batch_size, fixed):
             yield index, _encode(model, histories, index, lengths[index], fixed, device)
-    finally:
-        model.train(was_training)
 
 
 def _batches(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
+from recgrela_ext.arguments import check_same_items, check_whole, is_one_of
 from recgrela_ext.data.sequences import IdMap, Sequences
 from recgrela_ext.errors import DataError, shown
 
@@ -28,7 +29,7 @@ class Recommended(TypedDict):
 def recommend_for_users(
     model: Any,
     sequences: Sequences,
-    users: Sequence[int | str],
+    users: Iterable[int | str],
     k: int = 10,
     exclude_seen: bool | str = True,
 ) -> list[Recommended]:
@@ -40,16 +41,18 @@ def recommend_for_users(
     Args:
         model: a ``RecGRELA`` for the catalogue of ``sequences``.
         sequences: the histories, with the raw ids.
-        users: raw user ids.
+        users: raw user ids, in any iterable.
         k: length of a list, at least 1.
         exclude_seen: ``"auto"`` keeps seen items in where more than 1 % of the training events
             repeat (``model.config.repeat_share``), and leaves them out when that is unknown.
 
     Raises:
         DataError: an unknown user, or a user without events.
-        ValueError: ``k`` < 1, or a model of another catalogue.
+        ValueError: ``k`` < 1, another ``exclude_seen``, or a model of another catalogue.
+        TypeError: users that are no list, or ``k`` that is no int.
     """
-    rows = sequences.id_map.encode_users(list(users)).tolist()
+    users = _listed(users, "recommend_for_users", "users")
+    rows = sequences.id_map.encode_users(users).tolist()
     histories = [sequences.history(row) for row in rows]
     for user, history in zip(users, histories, strict=True):
         if not len(history):
@@ -63,7 +66,7 @@ def recommend_for_users(
 def recommend_for_items(
     model: Any,
     id_map: IdMap,
-    items: Sequence[int | str],
+    items: Iterable[int | str],
     k: int = 10,
     exclude_seen: bool | str = True,
 ) -> list[Recommended]:
@@ -71,11 +74,12 @@ def recommend_for_items(
 
     Raises:
         DataError: an unknown item, or no items.
-        ValueError: as in :func:`recommend_for_users`.
+        ValueError, TypeError: as in :func:`recommend_for_users`.
     """
-    if not len(items):
+    items = _listed(items, "recommend_for_items", "items")
+    if not items:
         raise DataError("recommend_for_items: items must hold at least one item, got none")
-    return _recommend(model, id_map, [None], [id_map.encode_items(list(items))], k, exclude_seen)
+    return _recommend(model, id_map, [None], [id_map.encode_items(items)], k, exclude_seen)
 
 
 def format_recommendations(lines: Sequence[Recommended]) -> str:
@@ -92,6 +96,15 @@ def format_recommendations(lines: Sequence[Recommended]) -> str:
     return "\n".join(text)
 
 
+def _listed(raw: Any, caller: str, name: str) -> list[Any]:
+    try:
+        if not isinstance(raw, (str, bytes)):
+            return list(raw)
+    except TypeError:
+        pass
+    raise TypeError(f"{caller}: {name} must be a list of raw ids, got {shown(raw)}")
+
+
 def _recommend(
     model: Any,
     id_map: IdMap,
@@ -100,13 +113,17 @@ def _recommend(
     k: int,
     exclude_seen: bool | str,
 ) -> list[Recommended]:
-    if k < 1:
-        raise ValueError(f"recommend: k must be at least 1, got {k}")
+    check_whole(k, "recommend", "k")
+    if not is_one_of(exclude_seen, (True, False, "auto")):
+        raise ValueError(
+            f"recommend: exclude_seen must be True, False or 'auto', got {shown(exclude_seen)}"
+        )
     if model.config.n_items != id_map.n_items:
         raise ValueError(
             f"recommend: model must have the data's n_items {id_map.n_items}, "
             f"got {model.config.n_items}"
         )
+    check_same_items(model, id_map, "recommend")
     if model.config.padding_idx != 0:
         raise ValueError(
             "recommend: model must have padding_idx 0, as an id map has it, "

@@ -13,7 +13,7 @@ from ..arguments import check_whole
 from ..errors import shown
 from ..ops.checks import check_tensor
 from .grela_block import GRELABlock, sequence_of_rows
-from .packing import pack
+from .packing import pack, steps_itself
 from .rank_modulator import AdaptiveRankModulator
 from .rela import State
 from .watch import Derived
@@ -127,8 +127,11 @@ class GRELAEncoder(nn.Module):
         position is read and left alone: the caller advances it once per event.
         """
         for layer, layer_state in zip(self.layers, state, strict=True):
-            assert isinstance(layer, GRELABlock)
-            x = layer.step(x, layer_state, active)
+            if steps_itself(layer):
+                assert isinstance(layer, GRELABlock)
+                x = layer.step(x, layer_state, active)
+            else:
+                x = _step_by_call(layer, x, layer_state, active)
         return x if self.final_norm is None else self.final_norm(x)
 
     def packed_weights(self) -> ops.PackedEncoder | None:
@@ -192,6 +195,15 @@ class GRELAEncoder(nn.Module):
             raise ValueError(
                 f"GRELAEncoder: state must have {len(self.layers)} layers, got {len(state)}"
             )
+
+
+def _step_by_call(layer: nn.Module, x: Tensor, state: State, active: Tensor | None) -> Tensor:
+    """A step of a layer that has none of its own, or whose calls are watched: a sequence of one."""
+    count = None if active is None else active.to(torch.int64)
+    out, after = layer(x.unsqueeze(1), count, None, state, True)
+    for kept, new in zip(state[:3], after[:3], strict=True):
+        kept.copy_(new)
+    return out.squeeze(1)
 
 
 def shift_rows(x: Tensor, by: Tensor) -> Tensor:

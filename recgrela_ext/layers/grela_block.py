@@ -17,6 +17,7 @@ from ..ops.gated_rela import in_transform
 from .dropout import draw_seed, dropout, has_kernel
 from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State
+from .watch import watched
 
 _TILE_ROWS = 64  # of csrc/cpu/feed_forward.h: a thread's share at least
 _MOST_WEIGHTS = 2**18  # wider, the partial weight gradients would be most of a layer's memory
@@ -90,7 +91,7 @@ class FeedForward(nn.Module):
         if x.dim() != 2 or x.shape[0] < _TILE_ROWS * torch.get_num_threads():
             return False
         layers = self.fc1, self.fc2
-        if any(type(layer) is not nn.Linear or _watched(layer) for layer in layers):
+        if any(type(layer) is not nn.Linear or watched(layer) for layer in layers):
             return False
         if in_transform() or _watched_by_all() or self.fc1.weight.numel() > _MOST_WEIGHTS:
             return False
@@ -99,16 +100,6 @@ class FeedForward(nn.Module):
             return False
         same = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
         return same and fits_kernel(x, self.fc1.weight)
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _watched_by_all() -> bool:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .grela_block import DropPath, FeedForward, GRELABlock
+from .rank_modulator import AdaptiveRankModulator
+from .watch import watched
 
 if TYPE_CHECKING:
     from .encoder import GRELAEncoder
@@ -23,8 +26,14 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether weight and bias say all: not so for adapters, quantised layers, with hooks or a
     `forward` of its own."""
     plain = type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return plain and not hooked
+    return plain and not watched(module)
+
+
+def steps_itself(layer: Any) -> bool:
+    """Whether `layer.step` says what a call of `layer` would: nobody watches the calls that it
+    leaves out."""
+    own = type(layer) is GRELABlock and type(layer.modulator) is AdaptiveRankModulator
+    return own and not watched(layer) and not watched(layer.modulator)
 
 
 def _affine_modules(layer: Any) -> list[nn.Module]:
@@ -34,8 +43,12 @@ def _affine_modules(layer: Any) -> list[nn.Module]:
 
 
 def _is_fused(layer: Any) -> bool:
+    parts = (layer, layer.modulator, layer.drop_path, layer.mlp) if steps_itself(layer) else ()
     return (
-        all(_is_plain(module) for module in _affine_modules(layer))
+        bool(parts)
+        and not any(watched(part) for part in parts)
+        and (type(layer.mlp), type(layer.drop_path)) == (FeedForward, DropPath)
+        and all(_is_plain(module) for module in _affine_modules(layer))
         and layer.residual
         and layer.modulator.fused
         and layer.modulator.selector == "silu"

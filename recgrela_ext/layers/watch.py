@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
@@ -50,6 +50,17 @@ class Derived(Generic[M, T]):
         return Derived, (self._make,)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether something looks on at its calls, or was put in their place."""
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class _Weights:
     """A module's tensors as they were. Everything is listed from one look at each dict, so that
     another thread's change meanwhile is seen next time."""
@@ -68,6 +79,8 @@ class _Weights:
                 new = [v for v in values if isinstance(v, nn.Module) and id(v) not in known]
                 modules += new
                 known.update(map(id, new))
+        self._attributes: list[dict[str, Any]] = list(map(vars, modules))
+        self._replaced = self._forwards()
         self._ids = list(map(id, self._found))
         self._tensors = [value for value in self._found if isinstance(value, Tensor)]
         self._memory = [t.detach() for t in self._tensors]  # kept too, so that no place comes back
@@ -76,7 +89,12 @@ class _Weights:
     def unchanged(self) -> bool:
         ids = list(map(id, chain.from_iterable(map(dict.values, self._held))))
         same = ids == self._ids and not any(self._empty)
+        same = same and self._forwards() == self._replaced
         return same and self._look() == (self._places, self._versions)
+
+    def _forwards(self) -> list[bool]:
+        """Which modules have a `forward` put in place of their own."""
+        return list(map(dict.__contains__, self._attributes, repeat("forward")))
 
     def _look(self) -> tuple[list[int], int]:
         places = list(map(Tensor.data_ptr, self._tensors))  # `p.data = x` changes nothing else

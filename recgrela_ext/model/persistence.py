@@ -157,6 +157,9 @@ def from_pretrained(
     if digests[0] is not None and digests[0] != weights_digest(weights):
         raise CheckpointError(f"{path} must be the weights {CONFIG_FILE} was saved with")
     model = _filled(cls, config, weights, str(path))
+    wild = next((name for name, t in weights.items() if not t.isfinite().all()), None)
+    if wild is not None:
+        raise CheckpointError(f"{path} must hold finite weights, got NaN or inf in {wild}")
     if config.id_map_file is not None:
         from ..data import IdMap
 

@@ -16,6 +16,7 @@ from ..errors import shown
 from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
 from ..layers.watch import Derived
+from ..modes import evaluating
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
@@ -278,14 +279,15 @@ class RecGRELA(nn.Module):
             table: rank with these item vectors, in a smaller format; None: the model's own.
 
         Returns:
-            items [B, k] and scores [B, k]; (padding_idx, -inf) where a user has no more items.
+            items [B, k] and scores [B, k]; (padding_idx, -inf) where a user has no more items, or
+            where the scores are NaN.
 
         Raises:
             ValueError, TypeError: as `encode`; k below 1; candidates that are no rows of the table.
         """
         exclude = self._excludes(exclude_seen)
         batch = self._read("recommend", item_seq, item_seq_len, padding_side)
-        with streaming.evaluating(self):
+        with evaluating(self):
             hidden = self._last_hidden(batch)
         return self._top_k(hidden, k, batch.items if exclude else None, candidates, table)
 

@@ -101,6 +101,7 @@ def top_k(
             `padding_idx`, repetitions count once.
     """
     _check(hidden, table, k, seen, candidates)
+    seen, candidates = (None if x is None else x.contiguous() for x in (seen, candidates))
     with torch.no_grad():
         scores, items = ops.topk_scores(hidden, table, k, padding_idx, scale, seen, candidates)
     return Recommendations(items, scores)

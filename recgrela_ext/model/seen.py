@@ -99,6 +99,12 @@ class SeenItems:
         part._users = self._users[users] if isinstance(users, slice) else [self._users[users]]
         return part
 
+    def select(self, users: np.ndarray) -> SeenItems:
+        """The users with these indices [n], in this order; they stay shared."""
+        part = SeenItems(0)
+        part._users = [self._users[i] for i in users.tolist()]
+        return part
+
     @staticmethod
     def cat(parts: Sequence[SeenItems]) -> SeenItems:
         """All users of all parts; they stay shared. TypeError for what is no `SeenItems`."""
@@ -122,6 +128,8 @@ class SeenItems:
 
     def ids(self, i: int) -> np.ndarray:
         """Sorted item rows of user `i`, int32, read-only."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"SeenItems.ids: i must be below {len(self)} users, got {i}")
         ids = self._users[i].ids.view()
         ids.flags.writeable = False
         return ids

@@ -163,12 +163,14 @@ class UserState:
 
     def __getitem__(self, users: int | slice) -> UserState:
         """A view of some users; an int gives a state of one."""
-        if isinstance(users, int):
+        if isinstance(users, int) and not isinstance(users, bool):
             if not -len(self) <= users < len(self):
                 raise IndexError(f"UserState: index must be below {len(self)} users, got {users}")
             users = slice(users % len(self), users % len(self) + 1)
         if not isinstance(users, slice):
             raise TypeError(f"UserState: index must be int or slice, got {type(users).__name__}")
+        if users.step is not None and users.step < 1:
+            raise ValueError(f"UserState: a slice must go forwards, got step {users.step}")
         return UserState(
             self.buffer[users],
             self.position[users],

@@ -19,7 +19,8 @@ they are at hand; the last 200 lost nothing measurable but for users of more tha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -185,6 +186,8 @@ class UserStateStore:
     def put(self, users: Ids, state: UserState, seen: SeenItems | None = None) -> None:
         """Store the states of distinct users [B] and, unless None, what they have seen.
 
+        The last user counts as the one met last. All or nothing, also where `on_evict` raises.
+
         Raises:
             ValueError: a user comes twice; a state of another batch size or model.
             StateError: a user on the way to rest has values float16 cannot hold.
@@ -201,57 +204,41 @@ class UserStateStore:
             raise ValueError(f"{caller}: users must be distinct, got {_repeated(ids)} twice")
         if seen is not None and len(seen) != len(ids):
             raise ValueError(f"{caller}: seen must hold {len(ids)} users, got {len(seen)}")
-        step = self.pools[0].capacity
-        for start in range(0, len(ids), step):
-            part = slice(start, start + step)
-            self._put(ids[part], state[part])
-            if seen is not None:
-                lists = (seen.ids(i) for i in range(start, min(start + step, len(ids))))
-                self._seen.update(zip(ids[part].tolist(), lists, strict=True))
+        self._put(ids, state, seen)
 
     def step(self, users: Ids, items: Tensor) -> Tensor:
         """Apply events in order: user `users[i]` met `items[i]`; the same user may come again.
 
-        Returns the hidden states after each event, [B, hidden_size]. What `put` raises may come
-        after some of the events were stored; no event of this call is ever applied in part.
+        None of the users makes room for another of them, and it is all or nothing, also where
+        `put` raises: as long as they are no more than are kept as in use (`active`, or `capacity`
+        where there is no other format). More of them are taken in parts, each with as many.
+
+        Returns the hidden states after each event, [B, hidden_size].
 
         Raises: as `RecGRELA.step` and `put`.
         """
-        ids = _user_ids("UserStateStore.step", users)
-        inputs.check_integers("UserStateStore.step", "items", items)
+        caller = "UserStateStore.step"
+        self._check_free(caller)
+        ids = _user_ids(caller, users)
+        inputs.check_integers(caller, "items", items)
         if items.shape != (len(ids),):
-            raise ValueError(
-                f"UserStateStore.step: items must be [{len(ids)}], got {list(items.shape)}"
-            )
+            raise ValueError(f"{caller}: items must be [{len(ids)}], got {list(items.shape)}")
         # All of them before the first is applied: a caller who mends one and calls again must not
         # count the others twice.
-        inputs.check_ids("UserStateStore.step", "items", self.model.config, items)
-        rounds = _rounds(ids)
-        padding = self.model.config.padding_idx
-        hidden = None
-        for number in range(int(rounds.max(initial=-1)) + 1):
-            chosen = np.flatnonzero(rounds == number)
-            index = torch.from_numpy(chosen)
-            state, seen, _ = self.lookup(ids[chosen])
-            events = items[index.to(items.device)]
-            after = self.model.step(events.to(self._device), state)
-            seen.add(events, padding)
-            happened = (events != padding).cpu()
-            if happened.all():
-                self.put(ids[chosen], state, seen)
-            else:  # a padding item is no event, and makes room for nobody
-                some = happened.nonzero().squeeze(1)
-                those = SeenItems.cat([seen[i] for i in some.tolist()])
-                self.put(ids[chosen][some.numpy()], state.select(some.to(self._device)), those)
-            if hidden is None:
-                hidden = after.new_empty(len(ids), after.shape[1])
-            hidden[index.to(hidden.device)] = after
-        return self.model.init_state(0).hidden if hidden is None else hidden
+        inputs.check_ids(caller, "items", self.model.config, items)
+        ends = _ends_of_parts(ids, self.pools[0].capacity)
+        hidden = [
+            self._follow(ids[start:end], items[start:end])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return torch.cat(hidden) if hidden else self.model.init_state(0).hidden
 
     def rebuild(self, users: Ids, histories: Sequence[Sequence[int] | np.ndarray | Tensor]) -> None:
         """Replace what is kept of distinct users by what their histories say.
 
         This is how an event is deleted: leave it out of the history. Seen items are replaced too.
+        Users are taken in parts, of as many as are kept as in use: what `put` raises may come after
+        some parts were replaced.
 
         Raises: as `RecGRELA.prefill_packed` and `put`.
         """
@@ -263,6 +250,8 @@ class UserStateStore:
             raise ValueError(
                 f"{caller}: histories must be one per user, {len(ids)}, got {len(histories)}"
             )
+        if len(np.unique(ids)) != len(ids):
+            raise ValueError(f"{caller}: users must be distinct, got {_repeated(ids)} twice")
         given = [as_array(history, caller, "every history") for history in histories]
         for history in given:
             if history.ndim != 1:
@@ -336,40 +325,85 @@ class UserStateStore:
 
         return load(cls, path, model, on_evict, device)
 
-    # One part of `put`: at most as many users as the first pool has rows.
-    def _put(self, ids: Users, state: UserState) -> None:
+    def _follow(self, ids: Users, items: Tensor) -> Tensor:
+        """Events of users who all have room: each is read once and put back once."""
+        users, place = np.unique(ids, return_inverse=True)
+        once = len(users) == len(ids)
+        if once:
+            users, place = ids, np.arange(len(ids))
+        state, seen, _ = self.lookup(users)
+        parts = (state.buffer, state.position, state.hidden)
+        padding = self.model.config.padding_idx
+        rounds = _rounds(ids)
+        hidden = None
+        for number in range(int(rounds.max()) + 1):
+            chosen = np.flatnonzero(rounds == number)
+            index, rows = torch.from_numpy(chosen), torch.from_numpy(place[chosen])
+            events = items[index.to(items.device)]
+            part = state if once else state.select(rows.to(self._device))
+            after = self.model.step(events.to(self._device), part)
+            seen.select(place[chosen]).add(events, padding)
+            if not once:
+                for whole, some in zip(
+                    parts, (part.buffer, part.position, part.hidden), strict=True
+                ):
+                    whole.index_copy_(0, rows.to(self._device), some)
+            if hidden is None:
+                hidden = after.new_empty(len(ids), after.shape[1])
+            hidden[index.to(hidden.device)] = after
+        assert hidden is not None
+        happened = np.flatnonzero((items != padding).cpu().numpy())
+        if once and len(happened) == len(ids):
+            self._put(ids, state, seen)
+        elif len(happened):  # a padding item is no event, and makes room for nobody
+            those = place[happened[_last_of_each(ids[happened])]]
+            chosen_state = self._state(*parts).select(torch.from_numpy(those).to(self._device))
+            self._put(users[those], chosen_state, seen.select(those))
+        return hidden
+
+    def _put(self, ids: Users, state: UserState, seen: SeenItems | None) -> None:
+        """All or nothing: what can fail, a format and `on_evict`, comes before the first change."""
         first, last = self.pools[0], self.pools[-1]
-        slots = first.find(ids)
-        first.recency.touch(slots[slots >= 0])  # so that none of them makes room for another
-        leaving = first.oldest(max(0, int((slots < 0).sum()) - first.free))
-        rows = first.encode(state.buffer, state.position, state.hidden)
-        if first is last:
-            self._drop(leaving)
-        else:
-            self._rest(leaving, ids)
-        first.write(ids, rows)
+        split = max(0, len(ids) - first.capacity)
+        early, late = ids[:split], ids[split:]  # the early ones leave the first pool at once
+        given = (state.buffer, state.position, state.hidden)
+        leaving, _ = _making_room(first, ids, len(late))
+        moved = leaving
+        parts: tuple[Tensor, ...] = first.read(first.find(leaving))
+        if split:
+            moved = np.concatenate([leaving, early])
+            pairs = zip(parts, given, strict=True)
+            parts = tuple(torch.cat([x, y[:split].to(x.device)]) for x, y in pairs)
+        rows = first.encode(*(x[split:] for x in given))
+        gone, excess, resting = ids[:0], len(moved), None
+        if first is not last:
+            gone, excess = _making_room(last, ids, len(moved))
+            resting = self._encoded(moved[excess:], tuple(x[excess:] for x in parts))
+        told = np.concatenate([gone, moved[:excess]])
+        new = {} if seen is None else {user: seen.ids(i) for i, user in enumerate(ids.tolist())}
+        if len(told) and self.on_evict is not None:
+            pairs = zip(last.read(last.find(gone)), parts, strict=True)
+            those = self._state(*(torch.cat([x, y[:excess]]) for x, y in pairs))
+            self._tell(Evicted(told, those, self._seen_of(told, new)))
+        if resting is not None:
+            last.remove(np.concatenate([gone, _present(last, ids)]))
+        first.remove(np.concatenate([leaving, _present(first, early)]))
+        if resting is not None:
+            last.write(moved[excess:], resting)
+        first.write(late, rows)
+        self._seen.update(new)
+        for user in told.tolist():
+            self._seen.pop(user, None)
 
-    def _rest(self, leaving: Users, ids: Users) -> None:
-        """Move users from the first pool to rest; `ids` come back from there. All or nothing."""
-        first, last = self.pools
-        resting = last.find(ids)
-        back = ids[resting >= 0]
-        last.recency.touch(resting[resting >= 0])
-        rows = self._encoded(leaving)
-        self._drop(last.oldest(max(0, len(leaving) - last.free - len(back))))
-        last.remove(back)
-        first.remove(leaving)
-        last.write(leaving, rows)
-
-    def _encoded(self, leaving: Users) -> Rows:
-        """Users of the first pool in the format at rest; StateError names one who does not fit."""
-        first, last = self.pools
+    def _encoded(self, users: Users, parts: tuple[Tensor, ...]) -> Rows:
+        """Users in the format at rest; StateError names one who does not fit."""
+        last = self.pools[-1]
         try:
-            return last.encode(*first.read(first.find(leaving)))
+            return last.encode(*parts)
         except StateError:
-            for user in leaving:
+            for i, user in enumerate(users):
                 try:
-                    last.encode(*first.read(first.find(np.asarray([user]))))
+                    last.encode(*(x[i : i + 1] for x in parts))
                 except StateError:
                     limit = "float16 ends at 65504"
                     raise StateError(
@@ -378,21 +412,13 @@ class UserStateStore:
                     ) from None
             raise
 
-    def _drop(self, users: Users) -> None:
-        """Users fall out of the last pool."""
-        if not len(users):
-            return
-        last = self.pools[-1]
-        if self.on_evict is not None:
-            gone = Evicted(users, self._state(*last.read(last.find(users))), self._seen_of(users))
-            self._evicting = True
-            try:
-                self.on_evict(gone)
-            finally:
-                self._evicting = False
-        last.remove(users)
-        for user in users.tolist():
-            self._seen.pop(user, None)
+    def _tell(self, gone: Evicted) -> None:
+        assert self.on_evict is not None
+        self._evicting = True
+        try:
+            self.on_evict(gone)
+        finally:
+            self._evicting = False
 
     def _check_free(self, caller: str) -> None:
         if self._evicting:
@@ -402,9 +428,11 @@ class UserStateStore:
         sums, position, hidden = (t.to(self._device) for t in (sums, position, hidden))
         return UserState(sums, position, hidden, self.layout, self.fingerprint)
 
-    def _seen_of(self, users: Users) -> SeenItems:
+    def _seen_of(self, users: Users, new: Mapping[int, np.ndarray] | None = None) -> SeenItems:
+        """What is kept of them, or what is about to be."""
+        known = self._seen if new is None else ChainMap(dict(new), self._seen)
         none = np.empty(0, dtype=np.int32)
-        return SeenItems.of_sorted([self._seen.get(user, none) for user in users.tolist()])
+        return SeenItems.of_sorted([known.get(user, none) for user in users.tolist()])
 
 
 def _user_ids(caller: str, users: Ids) -> Users:
@@ -416,6 +444,44 @@ def _user_ids(caller: str, users: Ids) -> Users:
     if ids.dtype == np.uint64 and len(ids) and int(ids.max()) > _LAST_USER:
         raise ValueError(f"{caller}: users must fit in int64, got {ids.max()}")
     return ids.astype(np.int64)
+
+
+def _present(pool: Pool, users: Users) -> Users:
+    return users[pool.find(users) >= 0]
+
+
+def _making_room(pool: Pool, users: Users, count: int) -> tuple[Users, int]:
+    """Who else leaves, oldest first, so that `count` new rows fit beside those who are none of
+    `users`; and how many of the new ones do not fit even so."""
+    here = len(_present(pool, users))
+    others = len(pool) - here
+    excess = max(0, others + count - pool.capacity)
+    if not excess or not others:
+        return users[:0], excess
+    leaving = pool.oldest(min(excess + here, len(pool)))
+    if here:
+        leaving = leaving[~np.isin(leaving, users)]
+    leaving = leaving[:excess]
+    return leaving, excess - len(leaving)
+
+
+def _last_of_each(ids: Users) -> Users:
+    """Where each user comes last, ascending."""
+    behind = np.unique(ids[::-1], return_index=True)[1]
+    return np.sort(len(ids) - 1 - behind)
+
+
+def _ends_of_parts(ids: Users, most: int) -> list[int]:
+    """Where to cut, so that each part has at most `most` users."""
+    ends: list[int] = []
+    users: set[int] = set()
+    if len(ids) > most and len(np.unique(ids)) > most:
+        for i, user in enumerate(ids.tolist()):
+            if len(users) == most and user not in users:
+                ends.append(i)
+                users = set()
+            users.add(user)
+    return [*ends, len(ids)] if len(ids) else []
 
 
 def _repeated(ids: Users) -> int:

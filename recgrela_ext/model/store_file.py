@@ -68,6 +68,7 @@ def load(
     path = as_path(path, "UserStateStore.load")
     check_regular(path, StateError, "UserStateStore.load: ")
     try:
+        path.open("rb").close()  # safetensors says of every failure that there is no such file
         with safe_open(os.fspath(path), "pt", **READ_OPTIONS) as file:
             facts = _facts(path, file.metadata() or {})
             if facts["fingerprint"] != model.fingerprint().hex():

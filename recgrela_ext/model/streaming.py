@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import shown
+from ..modes import evaluating
 from ..ops.encoder_step import encoder_step_unchecked
 from . import inputs, persistence
 from .state import StateLayout, UserState
@@ -26,32 +24,6 @@ if TYPE_CHECKING:
 _FUSED_WIDTH = 128  # beyond it, with more than _FEW_USERS, the layers' matrix products are faster
 _FEW_USERS = 64
 _ROWS = 1 << 14  # packed rows at once
-_NOTHING = nullcontext()
-
-
-# Models of which calls that began in training mode have not ended, and how many.
-_borrowed: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-@contextmanager
-def evaluating(model: RecGRELA) -> Iterator[None]:
-    """Evaluation mode inside, as before once no thread is inside any more."""
-    with _lock:
-        count = _borrowed.get(model, 0)
-        borrows = model.training or count > 0
-        if borrows:
-            _borrowed[model] = count + 1
-            model.eval()
-    try:
-        yield
-    finally:
-        if borrows:
-            with _lock:
-                _borrowed[model] -= 1
-                if not _borrowed[model]:
-                    del _borrowed[model]
-                    model.train()
 
 
 def layout(model: RecGRELA) -> StateLayout:
@@ -223,7 +195,8 @@ def _encode_step(
         if packed is not None:
             position = state.position.contiguous()  # it is not where the state is `other[::2]`
             return encoder_step_unchecked(x, packed, (state.buffer, position), active)
-    return model.encoder.step(x, state.layers, active)
+    with evaluating(model):
+        return model.encoder.step(x, state.layers, active)
 
 
 def _active(model: RecGRELA, caller: str, items: Tensor) -> Tensor | None:
@@ -248,7 +221,8 @@ def _embed_event(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
                   norm._forward_pre_hooks))  # fmt: skip
     if not plain or hooked or table.max_norm is not None or model.config.position != "none":
         positions = None if model.config.position == "none" else state.position
-        return model._embed(items, positions)
+        with evaluating(model):
+            return model._embed(items, positions)
     x = table.weight.index_select(0, items)
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -260,8 +234,7 @@ def step(model: RecGRELA, items: Tensor, state: UserState) -> Tensor:
         raise ValueError(f"{caller}: items must be [B], got {list(items.shape)}")
     weights = check_state(model, caller, state, items.shape[0])
     active = _active(model, caller, items)
-    with evaluating(model) if model.training else _NOTHING:
-        hidden = _encode_step(model, weights, _embed_event(model, items, state), state, active)
+    hidden = _encode_step(model, weights, _embed_event(model, items, state), state, active)
     if active is not None:
         # The user's own row is kept as it is: a cast to the model's dtype and back would round it.
         kept = torch.where(active.unsqueeze(-1), hidden.to(state.hidden.dtype), state.hidden)

@@ -47,7 +47,11 @@ class Stepper:
             ).to(self.device)
 
     def step(self, batch: Batch, number: int, rate: float) -> Tensor:
-        """Optimiser step `number` (from 0); the mean loss over the batch's targets, detached."""
+        """Optimiser step `number` (from 0); the mean loss over the batch's targets, detached.
+
+        A loss that is not finite changes no weight; where the gradient's norm is clipped, a
+        gradient that is not finite makes the loss NaN.
+        """
         config = self.config
         torch.manual_seed(int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
@@ -62,9 +66,14 @@ class Stepper:
             loss = self._loss(part) * (part.num_targets / batch.num_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        norm = total
         if config.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters.values(), config.clip)
+            norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.clip)
+        if not self.scaler.is_enabled():  # which does so itself, and goes on with a smaller scale
+            total = torch.where(norm.isfinite(), total, torch.nan)
+            # The weights stay, and no device is asked.
+            self.optimizer.found_inf = 1.0 - total.isfinite().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recgrela_ext.arguments import is_one_of
+from recgrela_ext.arguments import check_same_items, is_one_of
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.errors import CheckpointError, shown
 from recgrela_ext.training.checkpoint import Checkpoint, CheckpointFolder
@@ -73,7 +73,8 @@ def fit(
         The result; the model holds the best weights and is in evaluation mode.
 
     Raises:
-        ValueError, TypeError: a bad argument; a loss that is not finite (the line names the step).
+        ValueError, TypeError: a bad argument; a loss that is not finite (the line names the step,
+            which changed no weight).
         CheckpointError: no whole checkpoint where one is needed, or one of another run.
     """
     config = TrainConfig() if config is None else config
@@ -424,6 +425,10 @@ def _check_arguments(
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("fit: model must have a weight that requires a gradient, got none")
+    if not torch.is_grad_enabled():
+        raise ValueError("fit: gradients must be enabled, got a call in no_grad or inference_mode")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]
     for what, data, kind in (("train", train, Sequences), ("valid", valid, Targets)):
         if what == "valid" and data is None:
@@ -434,3 +439,4 @@ def _check_arguments(
             raise ValueError(
                 f"fit: {what} must have the model's n_items={n_items}, got {data.n_items}"
             )
+        check_same_items(model, data.id_map, f"fit: {what}")

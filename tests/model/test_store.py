@@ -69,6 +69,112 @@ def test_events_equal_a_state_of_ones_own(model: RecGRELA) -> None:
     assert store.step([], torch.empty(0, dtype=torch.int64)).shape == (0, 16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_events_while_users_fall_out(model: RecGRELA, dtype: str) -> None:
+    """Against states of their own that are dropped with the user: nobody of a call makes room for
+    another, whatever the order of the events, and the user met last stays longest."""
+    own: dict[int, UserState] = {}
+
+    def drop(evicted: Evicted) -> None:
+        for i, user in enumerate(evicted.users.tolist()):
+            kept = own.pop(user)
+            assert evicted.state.position[i] == kept.position[0]
+            torch.testing.assert_close(evicted.state[i].buffer, kept.buffer, **close)
+
+    close = {} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
+    sizes = {"capacity": 4} if dtype == "float32" else {"capacity": 5, "active": 4}
+    store = UserStateStore(model, dtype=dtype, on_evict=drop, **sizes)  # type: ignore[arg-type]
+    rng, padded, fell = np.random.default_rng(0), 0, 0
+    for _ in range(60):
+        some = rng.choice(12, size=4, replace=False)
+        users = rng.choice(some, size=rng.integers(1, 9))
+        items = torch.from_numpy(rng.integers(1, 50, len(users)) * (rng.random(len(users)) > 0.25))
+        before = set(own)
+        for user in users.tolist():
+            own.setdefault(user, model.init_state(1))
+        want = torch.cat(
+            [model.step(items[i : i + 1], own[u]) for i, u in enumerate(users.tolist())]
+        )
+        for user in set(users.tolist()):  # padding makes room for nobody
+            if user not in before and not items[users == user].any():
+                padded += 1
+                del own[user]
+        count = len(own)
+        torch.testing.assert_close(store.step(users, items), want, **close)
+        fell += count - len(own)
+        assert set(store.users.tolist()) == set(own)
+    assert padded > 2
+    assert fell > 20
+    last = store.evict(oldest=len(store)).users.tolist()[-1]
+    assert last == users[items.numpy() != 0][-1]
+
+
+def test_more_users_than_there_is_room(model: RecGRELA) -> None:
+    users, items = [1, 1, 2, 3, 1, 3, 2], torch.tensor([3, 4, 5, 6, 7, 8, 9])
+    whole, parts = UserStateStore(model, 2), UserStateStore(model, 2)
+    hidden = whole.step(users, items)
+    cuts = [(0, 3), (3, 6), (6, 7)]  # two users each
+    torch.testing.assert_close(
+        hidden, torch.cat([parts.step(users[a:b], items[a:b]) for a, b in cuts])
+    )
+    assert whole.evict(oldest=2).users.tolist() == parts.evict(oldest=2).users.tolist() == [3, 2]
+
+
+def everything(store: UserStateStore) -> list[object]:
+    state, seen, known = store.lookup(np.arange(9))
+    return [state.buffer.tolist(), state.position.tolist(), known.tolist(),
+            [seen.ids(i).tolist() for i in range(9)], len(store)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_eviction_that_fails_changes_nothing(model: RecGRELA, dtype: str) -> None:
+    def refuse(evicted: Evicted) -> None:
+        raise RuntimeError(f"cannot take {evicted.users.tolist()}")
+
+    store = UserStateStore(model, 2, dtype, active=2, on_evict=refuse)
+    users = [1] if dtype == "float32" else [1, 2]
+    store.step(users, torch.tensor([3, 4][: len(users)]))
+    before = everything(store)
+    with pytest.raises(RuntimeError, match="cannot take"):  # the first two would have room
+        store.put([7, 1, 8, 6, 5], fed(model, 5), SeenItems.from_lists([[9]] * 5))
+    assert everything(store) == before
+    if dtype == "float32":
+        with pytest.raises(RuntimeError, match="cannot take"):
+            store.step([7, 8, 7], torch.tensor([5, 6, 7]))
+        assert everything(store) == before
+
+
+def test_who_is_put_keeps_what_was_seen(model: RecGRELA) -> None:
+    """Also where more are put than are kept as in use: the first of them would have made room."""
+    gone: list[int] = []
+    store = UserStateStore(model, 2, "int8", active=1, on_evict=lambda x: gone.extend(x.users))
+    for user in (1, 2, 3):
+        store.step([user], torch.tensor([10 * user]))
+    store.put([4, 1], fed(model, 2))
+    assert gone == [2]
+    assert store.lookup([1]).seen.ids(0).tolist() == [10]
+
+
+def test_users_who_leave_at_once_are_told_of(model: RecGRELA) -> None:
+    gone: list[Evicted] = []
+    store = UserStateStore(model, 1, on_evict=gone.append)
+    store.step([9], torch.tensor([3]))
+    state = fed(model, 3)
+    store.put([5, 6, 7], state, SeenItems.from_lists([[1], [2], [4]]))
+    (one,) = gone
+    assert one.users.tolist() == [9, 5, 6]
+    assert torch.equal(one.state.buffer[1:], state.buffer[:2])
+    assert [one.seen.ids(i).tolist() for i in range(3)] == [[3], [1], [2]]
+    assert store.users.tolist() == [7]
+
+
+def test_rebuilding_a_user_twice_is_refused(model: RecGRELA) -> None:
+    store = UserStateStore(model, 10, "int8", active=2)
+    with pytest.raises(ValueError, match=r"rebuild: users must be distinct, got 1 twice"):
+        store.rebuild([1, 2, 1], [[1], [2], [3]])
+    assert not len(store)
+
+
 def test_rounds_number_the_events_of_each_user() -> None:
     assert _rounds(np.array([5, 3, 5, 5, 3, 9])).tolist() == [0, 0, 1, 2, 1, 0]
     assert _rounds(np.array([], dtype=np.int64)).tolist() == []
@@ -84,7 +190,7 @@ def test_least_recently_used_falls_out(model: RecGRELA, dtype: str) -> None:
     rng = np.random.default_rng(1)
     two = dtype == "int8"
     for _ in range(300):
-        users = rng.choice(20, size=rng.integers(1, 7), replace=False)
+        users = rng.choice(20, size=rng.integers(1, 15), replace=False)
         kind = rng.choice(["put", "put", "lookup", "evict"])
         if kind == "lookup":
             known = store.lookup(users).known.tolist()
@@ -109,26 +215,19 @@ def test_least_recently_used_falls_out(model: RecGRELA, dtype: str) -> None:
 
 
 def lru_put(hot: OrderedDict, cold: OrderedDict, users: list, sizes: tuple) -> list:
-    """The same rule one user at a time; returns who falls out."""
-    fallen: list[int] = []
-    for start in range(0, len(users), sizes[0]):
-        part = users[start : start + sizes[0]]
-        for kept in (hot, cold):
-            for user in part:
-                if user in kept:
-                    kept.move_to_end(user)
-        many = max(0, len({*hot, *part}) - sizes[0])
-        leaving = [hot.popitem(last=False)[0] for _ in range(many)]
-        for user in part:
-            cold.pop(user, None)
-            hot[user] = None
-            hot.move_to_end(user)
-        if not sizes[1]:
-            fallen += leaving
-            continue
-        cold.update(dict.fromkeys(leaving))
-        fallen += [cold.popitem(last=False)[0] for _ in range(max(0, len(cold) - sizes[1]))]
-    return fallen
+    """The same rule with lists; returns who falls out. Nobody of `users` makes room for another
+    while they have room at all; of too many the first ones leave."""
+    split = max(0, len(users) - sizes[0])
+    early, late = users[:split], users[split:]
+    others = [u for u in hot if u not in users]
+    count = max(0, len(others) + len(late) - sizes[0])
+    moved = others[:count] + early
+    resting = [u for u in cold if u not in users] + moved
+    excess = max(0, len(resting) - sizes[1])
+    for kept, now in ((hot, others[count:] + late), (cold, resting[excess:])):
+        kept.clear()
+        kept.update(dict.fromkeys(now))
+    return resting[:excess]
 
 
 def test_recency_is_exact_beyond_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
