@@ -157,7 +157,14 @@ class Interactions:
             import_pandas(where)  # Arrow itself asks for it in words of its own
             df = {column: df.column(column).to_pandas() for column in wanted}
         check_order(order, time is not None, where)
-        bare = next((column for column in wanted if not hasattr(df[column], "__len__")), None)
+        bare = next(
+            (
+                column
+                for column in wanted
+                if not hasattr(df[column], "__len__") or isinstance(df[column], (str, bytes))
+            ),
+            None,
+        )
         if bare is not None:
             raise DataError(f"{where}: column {bare!r} must be an array, got {shown(df[bare])}")
         rows = {column: len(df[column]) for column in wanted}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -367,7 +367,11 @@ def _lookup(where: str, what: str, ids: np.ndarray, raw: Any) -> np.ndarray:
         cut = ends_in_zero(np.asarray(raw, dtype=object).flat)
         if cut is not None:
             raise DataError(f"{where}: {what} must be a known id, got {shown(cut)}")
-        wanted = wanted.astype(str)
+        try:
+            wanted = wanted.astype(str)
+        except ValueError:  # an object in it is an array itself
+            nested = next(one for one in wanted.flat if isinstance(one, (Sized, np.ndarray)))
+            raise DataError(f"{where}: {what} must be a known id, got {shown(nested)}") from None
     if wanted.dtype.kind == "f" and ids.dtype.kind == "i":
         far = np.abs(wanted) >= 2.0 ** exact_bits(wanted.dtype)  # may stand for several ids
         broken = wanted[far | (wanted != np.floor(wanted))]  # NaN too

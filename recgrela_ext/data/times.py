@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,14 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
     """Text or mixed objects: numbers, else dates; what is neither names its first row."""
     pandas = import_pandas(where)
     column = pandas.Series(values).reset_index(drop=True)
+    if column.dtype.kind == "M":  # objects that are all dates, or none
+        return _plain(column, where).to_numpy()
     try:
         given = column.notna() & (column.astype(str).str.strip() != "")
     except UnicodeDecodeError:
         raise DataError(f"{where}: time must be numbers or dates, got bytes") from None
-    numbers = pandas.to_numeric(column, errors="coerce")
+    dated = column.map(lambda one: isinstance(one, (datetime.date, np.datetime64)))
+    numbers = pandas.to_numeric(column.mask(dated), errors="coerce")  # else a date is a number
     if (numbers.notna() | ~given).all():
         return np.asarray(numbers)
     dates = pandas.to_datetime(column, errors="coerce", utc=True, format="ISO8601")

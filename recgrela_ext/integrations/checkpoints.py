@@ -7,11 +7,13 @@ with the weights, as heads and padding do not show in their shapes.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from recgrela_ext import RecGRELAConfig
-from recgrela_ext.errors import CheckpointError
+from recgrela_ext.arguments import is_whole
+from recgrela_ext.errors import CheckpointError, shown
+from recgrela_ext.integrations.listed_pickle import ListedUnpickler
 from recgrela_ext.model.persistence import NOT_IN_FINGERPRINT
 
 _METADATA = (
@@ -42,7 +46,12 @@ _ALLOWED = {
 }
 
 
-class _ListedUnpickler(pickle.Unpickler):
+_CLASSES: list[Any] = [getattr(sys.modules[module], name) for module, name in sorted(_ALLOWED)]
+
+
+class _ListedUnpickler(ListedUnpickler):
+    builds = tuple(x for x in _CLASSES if isinstance(x, type) and dataclasses.is_dataclass(x))
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
@@ -90,6 +99,8 @@ def write(folder: str | os.PathLike[str], state: dict[str, Any], model: nn.Modul
 def read(folder: str | os.PathLike[str], state: dict[str, Any], model: nn.Module) -> None:
     """Fill `state`, whose keys are all read, from what `write` wrote for such a `model`.
 
+    Nothing is filled before configuration and step are known to be right.
+
     Raises:
         CheckpointError: a file is missing, torn, or holds another model or optimiser.
     """
@@ -98,9 +109,21 @@ def read(folder: str | os.PathLike[str], state: dict[str, Any], model: nn.Module
     except Exception as error:  # a damaged pickle raises nearly anything
         text = f"load_checkpoint: cannot read {Path(folder) / '.metadata'}: {_line(error)}"
         raise CheckpointError(text) from None
-    saved: dict[str, Any] = {"config": ""}
+    saved: dict[str, Any] = {"config": "", "step": 0}
     _load(saved, reader, folder)
-    fields = json.loads(saved["config"])
+    try:
+        fields = json.loads(saved["config"])
+    except (TypeError, ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise CheckpointError(
+            f"load_checkpoint: {folder} must hold a configuration in JSON, "
+            f"got {shown(saved['config'])}"
+        )
+    if not is_whole(saved["step"]) or saved["step"] < 0:
+        raise CheckpointError(
+            f"load_checkpoint: {folder} must hold a number of steps, got {shown(saved['step'])}"
+        )
     for name, own in _told(config_of(model, "load_checkpoint")).items():
         if fields.get(name) != own:
             raise CheckpointError(

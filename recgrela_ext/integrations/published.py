@@ -14,7 +14,6 @@ import collections
 import io
 import math
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from recgrela_ext.errors import CheckpointError
+from recgrela_ext.integrations.listed_pickle import ListedUnpickler
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -96,7 +96,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _ListedUnpickler(pickle.Unpickler):
+class _ListedUnpickler(ListedUnpickler):
     """Reads `<root>/data.pkl` of an archive; the bytes of storage n lie in `<root>/data/n`."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -106,6 +106,8 @@ class _ListedUnpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(archive.read(names[0])), encoding="utf-8")
         self._archive = archive
         self._root = names[0].removesuffix("data.pkl")
+
+    builds = (_Inert, _ScalarType, collections.OrderedDict)
 
     def find_class(self, module: str, name: str) -> Any:
         return _ALLOWED.get((module, name), _Inert)

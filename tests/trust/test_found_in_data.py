@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -307,3 +308,45 @@ def test_empty_ids_of_a_command(
     (line,) = capsys.readouterr().err.splitlines()
     text = f"recommend: --items must be ids with a comma between two, got {items!r}"
     assert line.endswith(text)
+
+
+DAY = datetime.datetime(2020, 1, 1)
+NANOSECONDS = 1577836800 * 10**9
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [DAY, DAY],
+        objects(DAY, DAY),
+        objects(DAY.date(), "2020-01-01"),
+        objects(pd.Timestamp(DAY), np.datetime64("2020-01-01")),
+        pd.Series([DAY, DAY], dtype=object),
+        objects(pd.Timestamp(DAY, tz="UTC"), "2020-01-01T09:00:00+09:00"),
+    ],
+    ids=range(6),
+)
+def test_dates_among_objects(times: Any) -> None:
+    columns = {"user": [1, 1], "item": [1, 2], "timestamp": times}
+    assert Interactions.from_frame(columns).time.tolist() == [NANOSECONDS] * 2
+
+
+@pytest.mark.parametrize(
+    ("times", "text"),
+    [
+        ([DAY, None], "time must not be missing, got 1 missing, the first in row 1"),
+        (objects(pd.NaT, pd.Timestamp(DAY)), "time must not be missing, got 1 missing, the first"),
+        (objects(1, DAY), "time must be all numbers or all dates, got 1 in row 0"),
+        ("12", "column 'timestamp' must be an array, got '12'"),
+    ],
+)
+def test_times_that_are_none(times: Any, text: str) -> None:
+    with pytest.raises(DataError, match=f"^from_frame: {text}"):
+        Interactions.from_frame({"user": [1, 1], "item": [1, 2], "timestamp": times})
+
+
+@pytest.mark.parametrize("raw", [objects([1], [2, 3]), objects([5]), objects(np.arange(2), 5)])
+def test_lists_among_ids_are_unknown(raw: Any) -> None:
+    id_map = IdMap(np.arange(3), np.array([5, 6, 7]))
+    with pytest.raises(DataError, match=r"^encode_items: item must be a known id, got"):
+        id_map.encode_items(raw)
