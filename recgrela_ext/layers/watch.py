@@ -53,12 +53,20 @@ class Derived(Generic[M, T]):
 def watched(module: nn.Module) -> bool:
     """Whether something looks on at its calls, or was put in their place."""
     return bool(
-        "forward" in vars(module)
+        _has_another_forward(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Not where its own was compiled, as `integrations.distributed.compile_blocks` does."""
+    forward = vars(module).get("forward")
+    while (inner := getattr(forward, "_torchdynamo_orig_callable", None)) is not None:
+        forward = inner
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 class _Weights:

@@ -96,6 +96,17 @@ def test_a_step_does_what_encode_does(name: str, way: str, selector: str) -> Non
     assert (plain - want[:, 2]).abs().max() > 0.1
 
 
+def test_a_compiled_forward_is_its_own() -> None:
+    model = model_of()
+    block = model.encoder.layers[0]
+    block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    block.mlp.forward = torch.compiler.disable(block.mlp.forward)  # type: ignore[union-attr]
+    assert model.encoder.packed_weights() is not None
+    block.forward = torch.compile(lambda *a, **o: None)  # type: ignore[method-assign,misc]
+    model.encoder.layers[1].forward = model.encoder.layers[1].forward  # type: ignore[method-assign]
+    assert model.encoder.packed_weights() is None
+
+
 def modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
