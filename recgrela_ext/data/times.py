@@ -11,6 +11,7 @@ from recgrela_ext.arguments import as_array
 from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.errors import DataError
 
+_DATES = (datetime.date, np.datetime64)
 _FIRST_YEAR, _LAST_YEAR = 1678, 2261  # whole years of int64 nanoseconds
 
 
@@ -75,8 +76,10 @@ def _from_objects(values: Any, where: str, first_row: int, unit: str) -> np.ndar
         given = column.notna() & (column.astype(str).str.strip() != "")
     except UnicodeDecodeError:
         raise DataError(f"{where}: time must be numbers or dates, got bytes") from None
-    dated = column.map(lambda one: isinstance(one, (datetime.date, np.datetime64)))
-    numbers = pandas.to_numeric(column.mask(dated), errors="coerce")  # else a date is a number
+    plain = column
+    if pandas.api.types.infer_dtype(column, skipna=True) != "string":  # a date is a number to it
+        plain = column.mask(column.map(lambda one: isinstance(one, _DATES)))
+    numbers = pandas.to_numeric(plain, errors="coerce")
     if (numbers.notna() | ~given).all():
         return np.asarray(numbers)
     dates = pandas.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
