@@ -85,10 +85,16 @@ def _scalar(kind: _ScalarType, data: bytes) -> Any:
     return struct.unpack("<" + _SCALARS[kind.code], data)[0]
 
 
+def _bytes(text: str, *_: Any) -> bytes:
+    """How pickles before protocol 3, which `torch.save` makes unless told, write bytes."""
+    return text.encode("latin-1")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("_codecs", "encode"): _bytes,
     ("numpy", "dtype"): _ScalarType,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,

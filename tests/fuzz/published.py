@@ -236,6 +236,9 @@ class Published:
         self.metadata_parts = opcodes(self.saved[".metadata"])
         self.shapes = {name: t.shape for name, t in self.model.state_dict().items()}
         self.config = json.loads(torch.load(io.BytesIO(self.piece("config")), weights_only=True))
+        for file in self.files:  # what is edited must be right
+            self.path.write_bytes(file)
+            published.published_state_dict(self.path)
         self.read_model()
         self.classes = Classes()
 

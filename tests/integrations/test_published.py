@@ -121,7 +121,8 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
         assert path.name in str(caught.value)
 
 
-def test_everything_plain_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [2, 4])  # torch's and RecBole's
+def test_everything_plain_is_read(tmp_path: Path, protocol: int) -> None:
     content = {
         "epoch": 3,
         "score": np.float64(0.25),
@@ -130,7 +131,7 @@ def test_everything_plain_is_read(tmp_path: Path) -> None:
         "config": Settings(),
         "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
     }
-    torch.save(content, tmp_path / "model.pth", pickle_protocol=4)
+    torch.save(content, tmp_path / "model.pth", pickle_protocol=protocol)
     found = read_checkpoint(tmp_path / "model.pth")
     assert (found["epoch"], found["score"], found["flag"], found["count"]) == (3, 0.25, True, -7)
     assert found["optimizer"] == content["optimizer"]
