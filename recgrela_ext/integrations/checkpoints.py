@@ -76,9 +76,10 @@ class _Reader(FileSystemReader):
 
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # refuses what the next line would run
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        plain = io.BytesIO()  # what comes next unpickles anything
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 def config_of(model: nn.Module, caller: str) -> RecGRELAConfig:
