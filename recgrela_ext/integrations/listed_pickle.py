@@ -19,6 +19,9 @@ class ListedUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
 
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not on the list")
+
     def load_build(self) -> None:
         target = self.stack[-2]
         if type(target) not in self.builds:

@@ -19,7 +19,7 @@ from tests.fuzz.saved import small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # Pickles of other projects' formats, read by unpicklers with a list of what they may make.
-LISTED = {"published.py", "checkpoints.py"}
+LISTED = {"published.py", "checkpoints.py", "listed_pickle.py"}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Calls that unpickle unless they are told not to, and what tells them.
 LOADERS = {"torch.load": "weights_only=True", "numpy.load": "allow_pickle=False"}
