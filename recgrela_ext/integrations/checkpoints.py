@@ -110,7 +110,7 @@ def read(folder: str | os.PathLike[str], state: dict[str, Any], model: nn.Module
     except Exception as error:  # a damaged pickle raises nearly anything
         text = f"load_checkpoint: cannot read {Path(folder) / '.metadata'}: {_line(error)}"
         raise CheckpointError(text) from None
-    saved: dict[str, Any] = {"config": "", "step": 0}
+    saved: dict[str, Any] = {"config": "", **{name: 0 for name in state if name == "step"}}
     _load(saved, reader, folder)
     try:
         fields = json.loads(saved["config"])
@@ -121,9 +121,10 @@ def read(folder: str | os.PathLike[str], state: dict[str, Any], model: nn.Module
             f"load_checkpoint: {folder} must hold a configuration in JSON, "
             f"got {shown(saved['config'])}"
         )
-    if not is_whole(saved["step"]) or saved["step"] < 0:
+    step = saved.get("step", 0)
+    if not is_whole(step) or step < 0:
         raise CheckpointError(
-            f"load_checkpoint: {folder} must hold a number of steps, got {shown(saved['step'])}"
+            f"load_checkpoint: {folder} must hold a number of steps, got {shown(step)}"
         )
     for name, own in _told(config_of(model, "load_checkpoint")).items():
         if fields.get(name) != own:
