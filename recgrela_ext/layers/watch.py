@@ -122,7 +122,15 @@ def _count_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> N
     if torch.compiler.is_compiling():
         return
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.autograd.graph.increment_version([p for p in weights if not p.is_inference()])
+    torch.autograd.graph.increment_version([p for p in weights if _counts(p)])
+
+
+def _counts(x: Tensor) -> bool:
+    """Not so for an inference tensor, nor for one that is no tensor by itself, as ShardedTensor."""
+    try:
+        return not x.is_inference()
+    except RuntimeError:
+        return False
 
 
 register_optimizer_step_post_hook(_count_step)

@@ -320,3 +320,25 @@ def test_refusals_name_the_argument() -> None:
             call()
         assert len(str(caught.value).splitlines()) == 1
     store.rebuild([1], [torch.tensor([1, 2])])
+
+
+class Sharded(torch.Tensor):
+    """As ShardedTensor, which TorchRec's optimizers hold: it takes few functions."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"torch function '{func.__name__}' is not supported")
+
+
+class KeyedOptimizer(torch.optim.Optimizer):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__([torch.nn.Parameter(torch.ones(1))], {})
+        self.param_groups[0]["params"].append(weight)
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_optimizers_of_sharded_tensors_step() -> None:
+    """The count of every optimizer's steps asked each weight whether it counts."""
+    KeyedOptimizer(torch.ones(2).as_subclass(Sharded)).step()
