@@ -15,7 +15,8 @@ from tests.trust import records
 
 PLACE = "RECGRELA_FUZZ_LAST_INPUT"  # environment: where the watched process writes its input
 _SPACE = 1 << 20
-_STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT)  # by who started it
+# By who started it; libFuzzer ends with 72 at Ctrl-C.
+_STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 72)
 
 
 class LastInput:

@@ -57,15 +57,19 @@ last.begin(b"fine")
 last.end()
 if sys.argv[1] != "0":
     last.begin(b"bad input")
+    if sys.argv[1] == "72":
+        sys.exit(72)
     os.kill(os.getpid(), int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("number", "found"), [(11, True), (9, True), (2, False), (0, False)])
+@pytest.mark.parametrize(
+    ("number", "found"), [(11, True), (9, True), (2, False), (72, False), (0, False)]
+)
 def test_a_crash_is_a_finding(
     number: int, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGSEGV and SIGKILL inside an input; not Ctrl-C, and not the end of a run."""
+    """SIGSEGV and SIGKILL inside an input; not Ctrl-C, also as libFuzzer does it, nor the end."""
     monkeypatch.setattr(targets, "CORPUS", tmp_path / "corpus")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out = tmp_path / "record.json"
