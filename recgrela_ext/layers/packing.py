@@ -43,10 +43,10 @@ def _affine_modules(layer: Any) -> list[nn.Module]:
 
 
 def _is_fused(layer: Any) -> bool:
-    parts = (layer, layer.modulator, layer.drop_path, layer.mlp) if steps_itself(layer) else ()
     return (
-        bool(parts)
-        and not any(watched(part) for part in parts)
+        steps_itself(layer)
+        and not watched(layer.mlp)
+        and not watched(layer.drop_path)
         and (type(layer.mlp), type(layer.drop_path)) == (FeedForward, DropPath)
         and all(_is_plain(module) for module in _affine_modules(layer))
         and layer.residual

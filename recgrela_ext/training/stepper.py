@@ -66,13 +66,13 @@ class Stepper:
             loss = self._loss(part) * (part.num_targets / batch.num_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        norm = total
+        alone = not self.scaler.is_enabled()  # it goes on itself, with a smaller scale
         if config.clip is not None:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.clip)
-        if not self.scaler.is_enabled():  # which does so itself, and goes on with a smaller scale
-            total = torch.where(norm.isfinite(), total, torch.nan)
-            # The weights stay, and no device is asked.
+            if alone:
+                total = torch.where(norm.isfinite(), total, torch.nan)
+        if alone:  # the weights stay, and no device is asked
             self.optimizer.found_inf = 1.0 - total.isfinite().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
