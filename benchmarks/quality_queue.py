@@ -3,7 +3,7 @@
 A queue (benchmarks/queues/*.json) is
 
     {"title": str, "table": "comparison" | "screen" | "settings", "note": str,
-     "targets": {data: {order: sha256}}, "defaults": {...}, "runs": [{...}, ...]}
+     "level": float, "targets": {data: {order: sha256}}, "defaults": {...}, "runs": [{...}, ...]}
 
 and each of its runs, over the defaults, has the fields of `FIELDS`. `grid` maps names such as
 "train.lr" or "config.dropout" to the values to try, all with all, each with every one of `seeds`;
@@ -14,7 +14,8 @@ chosen by them is run with all seeds under `final_limits`; the table shows these
 same labels, perhaps on another order, and this queue's runs add what they chose to their own
 `config` and `train`. Models that only count have no grid and one seed, and take nothing but their
 own `config`. A global split by time has its targets under the order's name and "-time"; null stands
-for whatever targets the user's own copy of the data has.
+for whatever targets the user's own copy of the data has. With `level` a table says how soon each
+row reaches it on validation.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class Queue:
     table: str
     rows: list[Row]
     note: str = ""
+    level: float | None = None  # of NDCG@10 on validation
 
     def runs(self, results: Path) -> list[Run]:
         """Every run that can be named now, once: first all trials, then the other seeds."""
@@ -223,7 +225,9 @@ def read_queue(path: Path) -> Queue:
         rows.append(row)
     names = [run.name for row in rows for run in row.trials]
     need(len(set(names)) == len(names), "hold no run twice")
-    return Queue(path.stem, queue.get("title", path.stem), table, rows, queue.get("note", ""))
+    title, note, level = queue.get("title", path.stem), queue.get("note", ""), queue.get("level")
+    need(level is None or isinstance(level, float), f"have a level between 0 and 1, got {level}")
+    return Queue(path.stem, title, table, rows, note, level)
 
 
 def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

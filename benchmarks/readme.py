@@ -13,6 +13,7 @@ from benchmarks import (
     memory_tables,
     model_card,
     quality_comparison,
+    quality_soon,
     quality_tables,
     speed_tables,
     stack_tables,
@@ -54,8 +55,10 @@ def run(options: argparse.Namespace) -> int:
     pages = {options.readme: readme}
     quality = options.results / "quality"
     if quality.is_dir():
-        parts = [quality_comparison.page(QUEUES, quality), dataset_cost.section(options.results)]
-        pages[quality / "README.md"] = "\n".join(filter(None, parts))
+        parts = [quality_comparison.page(QUEUES, quality).rstrip("\n"),
+                 quality_soon.section(QUEUES, quality),
+                 dataset_cost.section(options.results)]  # fmt: skip
+        pages[quality / "README.md"] = "\n\n".join(filter(None, parts)) + "\n"
         pages[options.card] = model_card.page(QUEUES, quality, COMMAND)
     old = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
     changed = [page for page, text in pages.items() if text != old[page]]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import model_card, quality, quality_comparison, quality_plots
+from benchmarks import model_card, quality, quality_comparison, quality_plots, quality_soon
 from benchmarks.__main__ import main
 from benchmarks.item_knn import ItemKNN
 from benchmarks.quality import QUEUES
@@ -221,6 +221,41 @@ def test_curves_of_two_models(folder: Path) -> None:
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"]({picture.name})" in quality_comparison.page(folder, results)
+
+
+def test_how_soon_a_level_is_reached(folder: Path) -> None:
+    result = {"epochs": 4, "targets_seen": 4000, "curve": [
+        {"epoch": 1, "cpu_seconds": 10.0, "m": 0.1}, {"epoch": 2, "cpu_seconds": 21.0, "m": 0.2},
+        {"epoch": 3, "cpu_seconds": 33.0, "m": 0.15}]}  # fmt: skip
+    assert quality_soon.reached(result, "m", 0.15) == (2000, 21.0)
+    assert quality_soon.reached(result, "m", 0.2) == (2000, 21.0)
+    assert quality_soon.reached(result, "m", 0.21) is None
+
+    queue = json.loads((folder / "queue.json").read_text())
+    queue |= {"table": "settings", "level": 1e-9, "runs": queue["runs"][2:]}
+    queue["defaults"]["train"]["metric"] = "seen_included/ndcg@10"
+    (folder / "queues").mkdir()
+    for name, level in (("reached", 1e-9), ("never", 1.0)):
+        (folder / "queues" / f"{name}.json").write_text(json.dumps({**queue, "level": level}))
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert quality_soon.section(folder / "queues", folder / "results") == ""
+    assert command(folder) == 0
+    cost = {"seconds": 0.5, "targets": 10}
+    cells = {"ML-1M/RecGRELA, published": {"training": cost}}
+    (folder / "dataset-cost.json").write_text(json.dumps({"cells": cells}))
+    never, after = quality_soon.section(folder / "queues", folder / "results").split("\n\n**")
+    assert "| ours | not reached |" in never
+    result = json.loads(next((folder / "results").glob("*-s1.json")).read_text())
+    assert f"| ours | {result['targets_seen']:,} |" in after
+    assert "published" not in after  # what a target costs on such data was not measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_soon.dataset_cost, "SETS", {"walks": None})
+        (folder / "dataset-cost.json").write_text(
+            json.dumps({"cells": {"walks/RecGRELA, published": {"training": cost}}})
+        )
+        text = quality_soon.section(folder / "queues", folder / "results")
+    assert "50 ms of one thread" in text
+    assert f"{result['targets_seen'] * 0.05 / 3600:.1f} hours for as many targets" in text
 
 
 def test_a_run_that_was_killed_goes_on(folder: Path) -> None:
