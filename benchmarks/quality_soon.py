@@ -59,8 +59,8 @@ def _table(queue: Queue, results: Path) -> str:
         told = (
             f"The published training learns one target from a prefix, {1e3 * cost:.0f} ms of one "
             f"thread each (table below): {prefixes / 3600:.1f} hours for as many targets as the "
-            f"first row took, {prefixes / seconds:.0f} times its time. It was not run to the level; "
-            "that is what it takes if it learns as much from each."
+            f"first row took, {prefixes / seconds:.0f} times its time. It was not run to the "
+            "level; that is what it takes if it learns as much from each."
         )
         tail = ["", told]
     return "\n".join([*head, *lines, *tail])
