@@ -99,6 +99,10 @@ def _archs(supported: list[str]) -> tuple[str, ...]:
             raise SystemExit(
                 f"recgrela_ext: TORCH_CUDA_ARCH_LIST must list 9.0 or 12.0+PTX, got {arch}"
             )
+        if int(arch.partition(".")[0]) < 8:  # a block there has too little shared memory
+            raise SystemExit(
+                f"recgrela_ext: TORCH_CUDA_ARCH_LIST must list 8.0 and later ones alone, got {arch}"
+            )
     if wish:
         return tuple(wish)
     archs = [arch for arch in DEFAULT_ARCHS if arch in supported]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arguments import check_whole, is_one_of
 from ..errors import shown
 from ..ops.feed_forward import feed_forward, fits_kernel
-from ..ops.gated_rela import in_transform
+from ..ops.transforms import in_transform
 from .dropout import draw_seed, dropout, has_kernel
 from .rank_modulator import ACTIVATIONS, AdaptiveRankModulator
 from .rela import RotaryEnhancedLinearAttention, State

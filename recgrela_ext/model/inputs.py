@@ -12,6 +12,7 @@ from ..arguments import is_one_of
 from ..errors import shown
 from ..layers.encoder import shift_rows
 from ..ops.checks import check_tensor
+from ..ops.transforms import is_batched
 from .config import RecGRELAConfig
 
 
@@ -77,7 +78,7 @@ class LongBatch:
         else:
             self.lengths = item_seq_len.to(device=item_seq.device, dtype=torch.int64)
         self.shift = self.width - self.lengths if padding_side == "left" else None
-        if values_are_checked(item_seq):
+        if values_are_checked(item_seq, self.lengths):
             _check_lengths(caller, self.lengths, self.width)
             for start in range(0, self.width, chunk_size):
                 self.chunk(start)
@@ -113,9 +114,11 @@ def check_form(
         )
 
 
-def values_are_checked(x: Tensor) -> bool:
-    """Values on a GPU are not looked at: that would wait for it."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def values_are_checked(x: Tensor, *others: Tensor) -> bool:
+    """Values on a GPU are not looked at: that would wait for it. Inside vmap there are none."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_batched(x):
+        return False
+    return not any(map(is_batched, others))
 
 
 def check_integers(caller: str, name: str, x: Tensor) -> None:
@@ -180,7 +183,8 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
     check_ids(caller, "targets", config, targets)
     pad = config.padding_idx
     if targets.dim() == 1:
-        if values_are_checked(targets) and bool(((targets != pad) & (batch.lengths == 0)).any()):
+        empty = batch.lengths == 0
+        if values_are_checked(targets, empty) and bool(((targets != pad) & empty).any()):
             raise ValueError(f"{caller}: targets must be padding for sequences without items")
         return torch.where(batch.lengths > 0, targets, pad)
     if batch.shift is not None:
@@ -189,7 +193,7 @@ def read_targets(caller: str, config: RecGRELAConfig, targets: Tensor, batch: Ba
     if not config.causal:
         steps = torch.arange(L, device=targets.device)
         allowed = steps == (batch.lengths - 1)[:, None]
-    if values_are_checked(targets) and bool(((targets != pad) & ~allowed).any()):
+    if values_are_checked(targets, allowed) and bool(((targets != pad) & ~allowed).any()):
         where = "at real items" if config.causal else "at the last item (later items are seen)"
         raise ValueError(f"{caller}: targets must be padding_idx={pad} but {where}")
     if config.causal:

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _library, ops
 from ..errors import shown
@@ -149,8 +148,14 @@ class _Softmax(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradients are the forward's, and constants here. `once_differentiable` would let them
+        # pass as such wherever the loss itself is what is differentiated.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "softmax_loss: gradients must be taken without create_graph=True, as the loss has "
+                "no second derivatives; F.cross_entropy of model.scores(hidden) has them"
+            )
         # Cast after a loss scale was applied.
         gradients = [
             (grad * grad_loss).to(dtype) if needed else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .checks import check_dropout
-from .gated_rela import needs_plain_pytorch
+from .transforms import needs_plain_pytorch
 
 
 def activation_dropout(

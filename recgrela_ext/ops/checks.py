@@ -1,7 +1,8 @@
 """Argument checks of the public operators: shapes, dtypes, devices, strides; never values.
 
 They run on real, fake and meta tensors alike. Values (lengths, cu_seqlens) are checked by the CPU
-kernels, and here only where the plain PyTorch reference runs instead.
+kernels, and here only where the plain PyTorch reference runs instead. (The reference itself reads
+`cu_seqlens`, and so does not run on meta tensors.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import shown
 from .reference import LogitBias, State, accumulate_dtype
+from .transforms import is_batched
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -307,7 +309,7 @@ def check_bias(op: str, bias: Any, hidden: Tensor) -> None:
 def check_bias_values(op: str, bias: LogitBias, n_items: int) -> None:
     """As check_values, of the bias of a loss."""
     offsets, items, _ = bias
-    if torch.compiler.is_compiling() or items.device.type != "cpu" or _is_fake(items):
+    if not values_are_there(items):
         return
     first, last, count = int(offsets[0]), int(offsets[-1]), items.numel()
     told = f"{op}: bias.offsets must rise from 0 to K={count}"
@@ -324,7 +326,8 @@ def check_bias_values(op: str, bias: LogitBias, n_items: int) -> None:
 
 def check_values(op: str, q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """The values a CPU kernel would refuse, for calls that run the reference. CPU tensors only."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_fake(q):
+    given = [x for x in (lengths, cu_seqlens) if x is not None]
+    if not values_are_there(q) or any(map(is_batched, given)):
         return
     if lengths is not None and lengths.numel():
         L = q.shape[1]
@@ -375,5 +378,8 @@ def _int64(op: str, name: str, x: Any) -> None:
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {shown(x)}")
 
 
-def _is_fake(x: Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor)
+def values_are_there(x: Tensor) -> bool:
+    """Not on a GPU, which would have to be waited for, nor where a graph is made."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return not isinstance(x, torch._subclasses.FakeTensor)

@@ -17,7 +17,7 @@ from .. import _library
 from ..errors import shown
 from . import reference
 from .checks import check_tensor
-from .gated_rela import needs_gradient, needs_plain_pytorch
+from .transforms import needs_gradient, needs_plain_pytorch
 
 _PANEL = 64  # kPanelColumns of csrc/cpu/kernels.h
 

@@ -15,7 +15,7 @@ from .. import _library
 from . import reference
 from .autocast import full_precision
 from .checks import check_feed_forward
-from .gated_rela import needs_gradient, needs_plain_pytorch
+from .transforms import needs_gradient, needs_plain_pytorch
 
 _WHOLE = 16  # of csrc/cpu/feed_forward.cpp: vectors and blocks of the dropout divide it
 
@@ -89,7 +89,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pre: Tensor | None) -> tuple[T
             )
         )
     if grad_pre is not None:
-        parts = grad_pre @ first_weight, grad_pre.t() @ x, grad_pre.sum(0)
+        with full_precision(x):
+            parts = grad_pre @ first_weight, grad_pre.t() @ x, grad_pre.sum(0)
         for i, part in enumerate(parts):
             before = gradients[i]
             gradients[i] = part if before is None else before + part
@@ -104,8 +105,9 @@ def _save_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) ->
 
 def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of the reference's gradients, by autograd; what `pre` depends on comes through `pre`."""
-    with torch.enable_grad():
-        grad, x, w1, w2, pre = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    with torch.enable_grad(), full_precision(saved[1]):
+        grad, x, w1, w2, pre = (t.detach().requires_grad_() for t in saved)
         found = reference.feed_forward_gradients(
             grad, x, w1, w2, pre, ctx.p, ctx.inner_seed, ctx.outer_seed
         )

@@ -17,6 +17,7 @@ from .autocast import cast_rows, full_precision
 from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .reference import State, accumulate_dtype
+from .transforms import needs_gradient, needs_plain_pytorch
 
 CHUNK = 64  # items between saved states: kChunk of csrc/params.h
 
@@ -92,23 +93,6 @@ def gated_rela(
     if not return_final_state:
         return out
     return out, (*final, final_position(q, lengths, cu_seqlens, state[3], final[0]))
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an operator on these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def needs_plain_pytorch() -> bool:
-    """Inside forward-mode differentiation or torch.func, where a kernel would drop derivatives."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch.autograd.forward_ad._current_level >= 0 or in_transform()
-
-
-def in_transform() -> bool:
-    """Inside vmap, grad and the other transforms of torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def final_position(

@@ -12,8 +12,8 @@ from .. import _library
 from . import reference
 from .autocast import cast_rows, full_precision
 from .checks import check_parameters, check_rows, check_same_device, check_state, check_tensor
-from .gated_rela import needs_gradient, needs_plain_pytorch
 from .reference import State, accumulate_dtype
+from .transforms import needs_gradient, needs_plain_pytorch
 
 
 def gated_rela_step(

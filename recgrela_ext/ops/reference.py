@@ -312,7 +312,7 @@ def activation_dropout(
     """residual + factors * act(x), factors of :func:`dropout_factors`; differentiable twice."""
     wide = x.to(accumulate_dtype(x.dtype))
     out = (F.gelu(wide) if gelu else wide) * dropout_factors(x, p, seed)
-    return (out if residual is None else residual.to(out.dtype) + out).to(x.dtype)
+    return (out if residual is None else residual.to(out.dtype) + out).to(x.dtype).contiguous()
 
 
 def dropout_factors(like: Tensor, p: float, seed: int) -> Tensor:

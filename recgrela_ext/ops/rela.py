@@ -18,8 +18,9 @@ from .checks import check_sequence, check_values
 from .double_backward import second_gradients
 from .gated_rela import _fake_backward as _fake_gated_backward
 from .gated_rela import _fake_forward as _fake_gated_forward
-from .gated_rela import final_position, needs_gradient, needs_plain_pytorch, state_shapes
+from .gated_rela import final_position, state_shapes
 from .reference import State, accumulate_dtype
+from .transforms import needs_gradient, needs_plain_pytorch
 
 
 def rela(

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _library
 from ..errors import shown
 from . import chunked_topk
-from .checks import FLOATING, check_tensor
-from .gated_rela import needs_gradient
+from .checks import FLOATING, check_tensor, values_are_there
+from .transforms import needs_gradient
 
 _TABLES = (*FLOATING, torch.int8)
 _ITEMS = (torch.int64, torch.int32, torch.int16, torch.int8,
@@ -63,9 +63,10 @@ def topk_scores(
         shape = (hidden.shape[0], k)
         return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.int64)
     hidden = hidden.to(dtype).contiguous()
-    seen = None if seen is None else seen.to(torch.int64).sort(-1).values
+    scale = None if scale is None else scale.contiguous()
+    seen = None if seen is None else seen.to(torch.int64).contiguous().sort(-1).values
     if candidates is not None:
-        candidates = _distinct(candidates.to(torch.int64), padding_idx)
+        candidates = _distinct(candidates.to(torch.int64).contiguous(), padding_idx)
     found = min(k, table.shape[0])
     fits = (dtype == torch.float64) == (table.dtype == torch.float64)
     if fits and _library.has_kernels(hidden.device) and not hidden.is_cuda:
@@ -179,9 +180,7 @@ def _check(
     for name, x in (("table", table), ("scale", scale), ("seen", seen), ("candidates", candidates)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{op}: {name} must be on {hidden.device}, got {x.device}")
-    if candidates is None or torch.compiler.is_compiling():
-        return
-    if candidates.device.type == "cpu" and candidates.numel():
+    if candidates is not None and candidates.numel() and values_are_there(candidates):
         low, high = (int(x) for x in candidates.to(torch.int64).aminmax())  # uint64 has none
         if low < 0 or high >= N:
             raise ValueError(
