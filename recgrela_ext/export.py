@@ -7,7 +7,8 @@
                      the length, because ONNX has no operator for the running sums
 
 All three take (item_seq [B, L], item_seq_len [B]) int64, right-padded, any B and L, and return
-hidden [B, hidden_size] float32, which is compared with the model's before the function returns.
+hidden [B, hidden_size] of the model's dtype, compared with the model's own before the function
+returns. The model keeps its modes, training or evaluation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from . import _library
 from .errors import CheckpointError
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from .model import RecGRELA
@@ -90,9 +92,9 @@ def traced(model: RecGRELA) -> torch.export.ExportedProgram:
             "export: the compiled operators must be present for a causal model, got none"
         )
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         return torch.export.export(
-            model.eval(), example(model, 3, 7), dynamic_shapes=({0: batch, 1: length}, {0: batch})
+            model, example(model, 3, 7), dynamic_shapes=({0: batch, 1: length}, {0: batch})
         )
 
 
@@ -101,7 +103,7 @@ def check_agreement(model: RecGRELA, loaded: Call, path: str | os.PathLike[str])
     worst = 0.0
     for users, items in ((3, 7), (1, 1), (5, 130)):
         item_seq, item_seq_len = example(model, users, items)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             wanted = model(item_seq, item_seq_len)
             found = loaded(item_seq, item_seq_len)
         scale = float(wanted.abs().max().clamp(min=1.0))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,7 @@ class Weights:
     """What is made of a model's weights; `weights_of` makes it again when one of them changed."""
 
     def __init__(self, model: RecGRELA) -> None:
-        # A quantised layer's state holds more than tensors.
-        state = model.state_dict(keep_vars=True)
-        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        tensors = dict(_tensors_of(model.state_dict(keep_vars=True)))
         fields = model.config.to_dict()
         for name in NOT_IN_FINGERPRINT:
             fields.pop(name)
@@ -69,6 +67,15 @@ class Weights:
         if self._packed is None:
             self._packed = (pack(model.encoder),)
         return self._packed[0]
+
+
+def _tensors_of(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict; a quantised layer has pairs of them, whose weight is packed."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield name, value.dequantize() if value.is_quantized else value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors_of({f"{name}.{i}": part for i, part in enumerate(value)})
 
 
 def check_model(caller: str, model: Any) -> None:
@@ -96,8 +103,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     folder = as_path(folder, "RecGRELA.save_pretrained", "folder")
+    weights = _plain_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     name = None if model.id_map is None else (model.config.id_map_file or ID_MAP_FILE)
     config = model.config.replace(id_map_file=name)
     fields = {**config.to_dict(), "weights_sha256": weights_digest(weights)}
@@ -110,8 +117,23 @@ def save_pretrained(model: RecGRELA, folder: str | os.PathLike[str]) -> None:
     write_files({folder / name: content for name, content in files.items()})
 
 
+def _plain_weights(model: RecGRELA) -> dict[str, Tensor]:
+    """What could not be loaded again is refused before anything is written, here and below."""
+    caller = "RecGRELA.save_pretrained"
+    state: dict[str, Any] = model.state_dict()
+    other = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise TypeError(f"{caller}: {other} must be a tensor, got {shown(state[other])}")
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    try:
+        _empty_model(type(model), model.config, weights, f"{caller}: model")
+        _check_finite(weights, f"{caller}: model")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    return weights
+
+
 def _id_map_bytes(model: RecGRELA) -> bytes:
-    """What could not be loaded again is refused before anything is written."""
     from ..data import IdMap
 
     caller, id_map = "RecGRELA.save_pretrained", model.id_map
@@ -157,9 +179,7 @@ def from_pretrained(
     if digests[0] is not None and digests[0] != weights_digest(weights):
         raise CheckpointError(f"{path} must be the weights {CONFIG_FILE} was saved with")
     model = _filled(cls, config, weights, str(path))
-    wild = next((name for name, t in weights.items() if not t.isfinite().all()), None)
-    if wild is not None:
-        raise CheckpointError(f"{path} must hold finite weights, got NaN or inf in {wild}")
+    _check_finite(weights, str(path))
     if config.id_map_file is not None:
         from ..data import IdMap
 
@@ -244,6 +264,23 @@ def _filled(
     cls: type[RecGRELA], config: RecGRELAConfig, weights: Mapping[str, Tensor], source: str
 ) -> RecGRELA:
     """A model with these weights in their own dtype, in evaluation mode."""
+    model = _empty_model(cls, config, weights, source)
+    device = weights["item_embedding.weight"].device
+    model = model.to_empty(device=device).to(weights["item_embedding.weight"].dtype)
+    model.load_state_dict(dict(weights))
+    return model.eval()
+
+
+def _check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    wild = next((name for name, t in weights.items() if not t.isfinite().all()), None)
+    if wild is not None:
+        raise CheckpointError(f"{source} must hold finite weights, got NaN or inf in {wild}")
+
+
+def _empty_model(
+    cls: type[RecGRELA], config: RecGRELAConfig, weights: Mapping[str, Tensor], source: str
+) -> RecGRELA:
+    """On no device; CheckpointError where it is not what these weights are of."""
     table = weights.get("item_embedding.weight")
     sizes = [config.rows, config.hidden_size]
     # Before a model of absurd sizes is made.
@@ -279,10 +316,7 @@ def _filled(
                 f"{source}: {name} must have the dtype of item_embedding.weight, "
                 f"{weights['item_embedding.weight'].dtype}, got {weights[name].dtype}"
             )
-    device = weights["item_embedding.weight"].device
-    model = model.to_empty(device=device).to(weights["item_embedding.weight"].dtype)
-    model.load_state_dict(dict(weights))
-    return model.eval()
+    return model
 
 
 def _read(path: Path) -> bytes:

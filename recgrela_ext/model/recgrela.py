@@ -317,6 +317,11 @@ class RecGRELA(nn.Module):
             table.check(self, "RecGRELA.recommend")
             return table.top_k(hidden, k, seen, candidates)
         weight = self.item_embedding.weight
+        if weight.shape[0] != self.config.rows:
+            raise ValueError(
+                f"RecGRELA.recommend: item_embedding must have the {self.config.rows} rows of the "
+                f"config, got {weight.shape[0]}"
+            )
         return top_k(hidden, weight, k, self.config.padding_idx, seen, candidates)
 
     # streaming

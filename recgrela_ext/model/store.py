@@ -64,7 +64,7 @@ class UserStateStore:
 
     Args:
         model: its weights must not change while the store is in use.
-        capacity: users at rest; beyond them the one used longest ago falls out.
+        capacity: users at rest; beyond them the one at rest who was used longest ago falls out.
         dtype: format at rest: float32 (float64 for a float64 model), bfloat16, float16, int8.
         active: users kept as in use, beside the `capacity` at rest and at most as many; not used
             where the format at rest is that of use already.
@@ -276,7 +276,8 @@ class UserStateStore:
     def evict(self, users: Ids | None = None, oldest: int | None = None) -> Evicted:
         """Take out some users, or the `oldest` ones; returns those who were there.
 
-        `on_evict` is not called. The order is the order of leaving.
+        `on_evict` is not called. The order is the order of leaving: users at rest come before those
+        kept as in use, where a user gets by an event and not by a `lookup`.
         """
         if (users is None) == (oldest is None):
             raise ValueError("UserStateStore.evict: one of users and oldest must be given")

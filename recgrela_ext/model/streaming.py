@@ -43,6 +43,9 @@ def init_state(model: RecGRELA, batch_size: int) -> UserState:
         raise ValueError(
             f"RecGRELA.init_state: batch_size must be below 2**31, got {shown(batch_size)}"
         )
+    there, wanted = len(model.encoder.layers), model.config.num_layers
+    if there != wanted:
+        raise ValueError(f"RecGRELA: encoder must have the {wanted} layers of config, got {there}")
     weight = model.item_embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     width = model.config.hidden_size
