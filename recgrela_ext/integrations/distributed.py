@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from recgrela_ext import RecGRELA
@@ -101,8 +102,9 @@ def train_step(
         The mean loss over the targets of all processes, detached.
 
     Raises:
-        ValueError: there are no parts, another number of them on some process, no process has a
-            target, or `clip` is not positive.
+        ValueError: the loss is not finite, or the norm that is clipped, on every process and before
+            a weight changes; there are no parts, another number of them on some process, no process
+            has a target, or `clip` is not positive.
         TypeError: a part is not (item_seq, item_seq_len, targets), or the model holds no RecGRELA.
     """
     padding_idx = checkpoints.config_of(model, "train_step").padding_idx
@@ -131,9 +133,17 @@ def train_step(
             (loss * processes).backward()  # the wrapper divides by their number
         total = total + loss.detach()
     if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total = torch.where(norm.isfinite(), total, torch.nan)
+    total = _summed(total)
+    if not total.isfinite():  # the same on every process: all of them end here
+        raise ValueError(
+            f"train_step: loss must be finite, and its gradient, got {float(total)}; no weight was "
+            "changed"
+        )
     optimizer.step()
-    return _summed(total)
+    return total
 
 
 def save_checkpoint(

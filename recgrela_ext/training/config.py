@@ -41,7 +41,7 @@ class TrainConfig:
     model says; 0: whole histories) and up to `context` items before them. `objective` "dense" or
     "prefix" (published: last position of each prefix); "auto": dense if the model is causal. A
     step of more than `positions_per_pass` items is accumulated over several passes, with the same
-    result.
+    result but for dropout and the losses that draw negatives, which draw in every pass.
 
     Loss: "softmax" over all items; "unseen": over the target and what the user has not seen before,
     for rankings that leave seen items out; "sampled" with `num_negatives` shared items and logQ;

@@ -26,13 +26,14 @@ def run_identity(
     The limits belong to it only where the learning rate follows them.
     """
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     settings: Any = getattr(model, "config", None)
     facts = settings.to_dict() if hasattr(settings, "to_dict") else {}
     data = hashlib.sha256(np.ascontiguousarray(train.items).data)
     data.update(np.ascontiguousarray(train.offsets).data)
     identity = {
         "config": config.fingerprint(),
-        "model": {"class": type(model).__name__, **facts, "parameters": shapes},
+        "model": {"class": type(model).__name__, **facts, "parameters": shapes, "frozen": frozen},
         "data": {
             "name": train.name,
             "order": train.order,
@@ -55,6 +56,9 @@ def check_identity(there: dict[str, Any], here: dict[str, Any]) -> None:
             if old.get(name) != now.get(name):
                 if name == "parameters":
                     different.append("model parameters of other names or shapes")
+                elif name == "frozen":
+                    if set(old.get(name, ())) != set(now.get(name, ())):  # older ones say nothing
+                        different.append("another set of weights that require no gradient")
                 else:
                     values = f"{_short(old.get(name))} there and {_short(now.get(name))} here"
                     different.append(f"{group} {name} = {values}")

@@ -37,12 +37,13 @@ class NegativeSampler:
     """Draws negative items and knows the log-probability of each draw.
 
     Args:
-        n_items: rows of the item table, the padding row (0) included.
+        n_items: rows of the item table, the padding row included.
         strategy: "uniform" over the items; "popularity", q ~ count^power; "in_batch", the targets
             of the step, whose q is the popularity (power 1).
         counts: `[n_items]`, how often each item occurs; needed unless uniform. An item that never
             occurs counts as once.
         power: exponent of the popularity.
+        padding_idx: the row that is never drawn.
 
     Raises:
         ValueError: `strategy` is unknown, or `counts` is missing or has another length.
@@ -54,6 +55,7 @@ class NegativeSampler:
         strategy: str = "uniform",
         counts: np.ndarray | Tensor | None = None,
         power: float = 1.0,
+        padding_idx: int = 0,
     ) -> None:
         if strategy not in _STRATEGIES:
             raise ValueError(
@@ -69,11 +71,14 @@ class NegativeSampler:
                     f"NegativeSampler: counts must have n_items={n_items} entries, got {got}"
                 )
             weight = torch.as_tensor(counts).to(torch.float64).clamp(min=1.0)
-            weight = weight ** (power if strategy == "popularity" else 1.0)
-        weight[0] = 0.0
+            weight[padding_idx] = 1.0
+            # relative to the most popular one: counts to a high power are beyond every float
+            weight = (weight / weight.max()) ** (power if strategy == "popularity" else 1.0)
+        weight[padding_idx] = 0.0
         self.strategy = strategy
         self.log_q = (weight / weight.sum()).log().float()  # [n_items], -inf for padding
-        self._cumulative = weight.cumsum(0) / weight.sum()
+        sums = weight.cumsum(0)
+        self._cumulative = sums / sums[-1]  # ends in exactly 1, which no draw reaches
 
     def to(self, device: torch.device) -> NegativeSampler:
         """Moves the tables to a device, in place."""
@@ -91,8 +96,7 @@ class NegativeSampler:
                 return targets
             return targets[torch.randperm(targets.numel(), device=targets.device)[:count]]
         uniform = torch.rand(count, dtype=torch.float64, device=self._cumulative.device)
-        drawn = torch.searchsorted(self._cumulative, uniform, right=True)
-        return drawn.clamp(1, len(self._cumulative) - 1)
+        return torch.searchsorted(self._cumulative, uniform, right=True)
 
 
 def sampled_softmax_loss(

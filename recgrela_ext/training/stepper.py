@@ -43,7 +43,7 @@ class Stepper:
         if config.loss in ("sampled", "bpr"):
             counts = np.bincount(train.items, minlength=train.n_items)
             self._sampler = NegativeSampler(
-                train.n_items, config.negatives, counts, config.negative_power
+                train.n_items, config.negatives, counts, config.negative_power, self._padding_idx
             ).to(self.device)
 
     def step(self, batch: Batch, number: int, rate: float) -> Tensor:

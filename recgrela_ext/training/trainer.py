@@ -67,7 +67,8 @@ def fit(
         resume: "auto" goes on from a checkpoint that is there; "must" (True) demands one; "never"
             (False) removes what is there.
         progress: a bar on stderr; None: only on a terminal.
-        log_file: one JSON line per epoch; by default `checkpoint_dir/log.jsonl`.
+        log_file: one JSON line per epoch; by default `checkpoint_dir/log.jsonl`. The log of an
+            earlier run is replaced, any other file refused.
 
     Returns:
         The result; the model holds the best weights and is in evaluation mode.
@@ -193,6 +194,8 @@ class _Run:
                 if self._checkpoint_is_due() and at.step_in_epoch < len(plan):
                     self.save()
             self._close_epoch(whole=at.step_in_epoch == len(plan))
+            if interrupt.requested:  # while it evaluated
+                raise KeyboardInterrupt
 
     def stopped(self) -> str | None:
         """The limit that is reached, if one is."""
@@ -289,8 +292,17 @@ class _Run:
             )
         best = self.at.best_step
         if best is not None:
-            there = found if best == found.step else self.folder.load(best)
+            there = found if best == found.step else self._load_best(best)
             self._best = self.stepper.kept_weights(there.tensors)
+
+    def _load_best(self, step: int) -> Checkpoint:
+        assert self.folder is not None
+        try:
+            return self.folder.load(step)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; it holds the best weights so far (resume='never' starts over)"
+            ) from None
 
     def _progress(self, steps_of_epoch: int) -> float:
         """The share of the run that is over, by the limit that is nearest."""
@@ -425,8 +437,13 @@ def _check_arguments(
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
-    if not any(weight.requires_grad for weight in model.parameters()):
+    weights = list(model.parameters())
+    if not any(weight.requires_grad for weight in weights):
         raise ValueError("fit: model must have a weight that requires a gradient, got none")
+    if any(weight.is_inference() for weight in weights):
+        raise ValueError(
+            "fit: model must be made or loaded outside of torch.inference_mode, got one from inside"
+        )
     if not torch.is_grad_enabled():
         raise ValueError("fit: gradients must be enabled, got a call in no_grad or inference_mode")
     n_items = model.item_embedding.weight.shape[0]  # type: ignore[union-attr,index]
@@ -440,3 +457,11 @@ def _check_arguments(
                 f"fit: {what} must have the model's n_items={n_items}, got {data.n_items}"
             )
         check_same_items(model, data.id_map, f"fit: {what}")
+    if valid is None:
+        return
+    # What `rank_targets` would say after the first epoch.
+    if not len(valid):
+        raise ValueError("fit: valid must hold at least one target, got none (None: train without)")
+    padding_idx = getattr(getattr(model, "config", None), "padding_idx", 0)
+    if padding_idx != 0 and not hasattr(model, "score"):
+        raise ValueError(f"fit: model must have padding_idx 0 to be validated, got {padding_idx}")
