@@ -199,6 +199,10 @@ class Interactions:
     ) -> Interactions:
         """A log from a file or a folder of a known data set; needs pandas (pyarrow for Parquet).
 
+        Ids in text lose the blanks around them, quoted or not. They become integers where each of
+        a column is written as one, or as the float ``42.0`` that pandas makes of it where a column
+        has a gap; otherwise all of them stay text.
+
         Args:
             path: a file, possibly ``.gz``, or the folder of a data set.
             format: one of ``recgrela_ext.data.readers.FORMATS``, or ``"auto"``.
@@ -207,7 +211,9 @@ class Interactions:
             order, seed: the rule for ties in time.
             progress: show a bar on stderr; None shows it on a terminal.
             keep: column name -> values; only rows with one of these values are read, for
-                example ``{"action_type": ["2"]}`` for the purchases of Tmall.
+                example ``{"action_type": ["2"]}`` for the purchases of Tmall. Values are compared
+                as text, in text files without blanks around. Of the other rows only the time
+                must be readable.
             name: name of the data set, by default the file's or the folder's.
 
         Raises:

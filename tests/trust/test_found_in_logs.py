@@ -1,0 +1,160 @@
+"""What a review found in logs: rows left out that left something behind, ids with blanks, times
+that number events and passed for moments, counts of what comes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from recgrela_ext import DataError, Interactions
+from recgrela_ext.data import readers
+
+Rows = list[tuple[Any, Any, Any, Any]]
+# user, item, time, kind: those of kind 5 stay; nobody else has the users and items of the others.
+ROWS: Rows = [
+    (7, 30, 100, 1), (1, 10, 102, 5), (1, 11, 101, 5), (8, 31, 100, 2), (2, 10, 105, 5),
+    ("", 32, 106, 2), (9, "", 107, 1), (2, 12, 104, 5), (9, 33, 108, 1), (1, 12, 109, 5),
+]  # fmt: skip
+
+
+def lines(form: str, header: str = "") -> Callable[[Path, Rows], None]:
+    def write(path: Path, rows: Rows) -> None:
+        texts = [form.format(u=u, i=i, t=t, k=k) for u, i, t, k in rows]
+        path.write_text("".join(f"{line}\n" for line in ([header] if header else []) + texts))
+
+    return write
+
+
+def parquet(dtype: Any) -> Callable[[Path, Rows], None]:
+    def write(path: Path, rows: Rows) -> None:
+        pytest.importorskip("pyarrow")
+        columns = list(zip(*rows, strict=True))
+        frame = pd.DataFrame({"timestamp": columns[2], "kind": columns[3]})
+        for name, column in (("user", columns[0]), ("item", columns[1])):
+            frame[name] = pd.Series([None if one == "" else one for one in column]).astype(dtype)
+        frame.to_parquet(path, index=False)
+
+    return write
+
+
+# format, what is kept -> name of the file, how it is written
+KEPT: dict[tuple[str, str], tuple[str, Callable[[Path, Rows], None]]] = {
+    ("recbole", "kind"): ("x.inter", lines("{u}\t{i}\t{t}\t{k}", "user_id:token\titem_id:token\t"
+                                           "timestamp:float\tkind:token")),
+    ("movielens_dat", "rating"): ("ratings.dat", lines("{u}::{i}::{k}::{t}")),
+    ("movielens_100k", "rating"): ("u.data", lines("{u}\t{i}\t{k}\t{t}")),
+    ("csv", "kind"): ("x.csv", lines("{u};{k};{i};{t}", "user;kind;item;time")),
+    ("csv", " kind "): ("x.csv", lines(" {u} , {k}, {i},{t}", "user, kind, item, time")),
+    ("lfm1b", "album"): ("LFM-1b_LEs.txt", lines("{u}\t{i}\t{k}\t4\t{t}")),
+    ("tmall", "action_type"): ("user_log_format1.csv", lines(
+        "{u},{i},1,2,,{t},{k}",
+        "user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type")),
+    ("parquet", "kind"): ("x.parquet", parquet(float)),
+    ("parquet", "kind "): ("x.parquet", parquet("Int64")),
+    ("parquet", " kind"): ("x.parquet", parquet("category")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize(("kind", "column"), KEPT)
+def test_kept_rows_are_the_log_of_a_file_of_these_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, column: str, chunk: int
+) -> None:
+    """Parquet kept the users and items of the other rows, and refused one without an id."""
+    monkeypatch.setattr(readers, "CHUNK_ROWS", chunk)
+    name, write = KEPT[kind, column]
+    logs = []
+    for folder, rows in (("all", ROWS), ("kept", [row for row in ROWS if row[3] == 5])):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, rows)
+        logs.append(
+            Interactions.from_file(
+                tmp_path / folder / name, kind, progress=False, keep={column.strip(): [5]}
+            )
+        )
+    for field in ("user", "item", "time", "user_ids", "item_ids"):
+        found, expected = (getattr(log, field) for log in logs)
+        assert found.tolist() == expected.tolist(), field
+        assert found.dtype == expected.dtype, field
+    assert logs[0].user_ids.tolist() == [1, 2]
+    assert logs[0].item_ids.tolist() == [10, 11, 12]
+    for found, expected in zip(logs[0].leave_one_out()[1:], logs[1].leave_one_out()[1:],
+                               strict=True):  # fmt: skip
+        assert found.target_sha256 == expected.target_sha256
+        assert found.dropped == expected.dropped
+
+
+def test_every_format_keeps_rows_or_refuses_to(tmp_path: Path) -> None:
+    assert {kind for kind, _ in KEPT} == {*readers.FORMATS} - {"netflix"}
+    (tmp_path / "mv_1.txt").write_text("1:\n5,3,2005-09-06\n")
+    with pytest.raises(DataError, match="column 'rating' is missing"):
+        Interactions.from_file(tmp_path, keep={"rating": ["3"]}, progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_kept_rows_without_an_id_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    frame = pd.DataFrame({"user": [1, None, 2, None], "item": 5, "time": 7, "kind": [1, 1, 2, 2]})
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    with pytest.raises(DataError, match=r"got 1 missing, the first in (line 5|row 3)$"):
+        Interactions.from_file(path, keep={"kind": [2]}, progress=False)
+
+
+def read(path: Path, text: str, **options: Any) -> Interactions:
+    path.write_text(text)
+    return Interactions.from_file(path, progress=False, **options)
+
+
+BLANKS = {
+    "x.csv": "user, item ,time\n42, 7,1\n 42, 8,2\n42 ,\t7 ,3\n",
+    "x.inter": "user_id:token\titem_id:token\ttimestamp:float\n42\t 7\t1\n 42\t8\t2\n42 \t7 \t3\n",
+    "u.data": "42 \t7\t5\t1\n42\t8 \t5\t2\n 42\t 7\t5\t3\n",
+    "ratings.dat": "42 :: 7::5::1\n42::8 ::5::2\n 42::7::5::3\n",
+    "quoted.csv": 'user,item,time\n" 42",7,1\n"42 "," 8",2\n42,"7 ",3\n',
+}
+
+
+@pytest.mark.parametrize("name", BLANKS)
+def test_blanks_around_ids(tmp_path: Path, name: str) -> None:
+    """They made other users and items, and text of a column of integers."""
+    log = read(tmp_path / name, BLANKS[name])
+    assert log.user_ids.tolist() == [42]
+    assert log.item_ids.tolist() == [7, 8]
+    assert log.item.tolist() == [0, 1, 0]
+
+
+def test_blanks_around_other_values(tmp_path: Path) -> None:
+    (tmp_path / "combined_data_1.txt").write_text("1 :\n 5,3,2005-09-06 \n 1:\n5 ,3,2005-09-07\n")
+    log = Interactions.from_file(tmp_path, progress=False)
+    assert (log.user_ids.tolist(), log.item_ids.tolist()) == ([5], [1])
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\n7 \tSeven\n")
+    text = "user_id:token\titem_id:token\ttimestamp:float\tkind:token\n"
+    text += "1\t7\t1\t buy\n1\t8\t2\tbuy \n1\t9\t3\tview\n"
+    for value in ("buy", " buy"):
+        log = read(tmp_path / "x.inter", text, keep={"kind": value})
+        assert log.item_ids.tolist() == [7, 8]
+        assert log.item_titles == {7: "Seven"}
+    with pytest.raises(DataError, match=r"user must not be missing, got 1 missing, .* line 3$"):
+        read(tmp_path / "x.csv", "user,item,time\n1,2,3\n  ,2,3\n")
+
+
+def test_ids_written_as_floats(tmp_path: Path) -> None:
+    """Text of a file, integers of the frame that pandas reads of it."""
+    path = tmp_path / "x.csv"
+    log = read(path, "user,item,time\n42.0,7,1\n43,7.0,2\n42,8.0,3\n")
+    frame = Interactions.from_frame(pd.read_csv(path), time="time")
+    for one in (log, frame):
+        assert one.user_ids.tolist() == [42, 43]
+        assert one.item_ids.tolist() == [7, 8]
+        assert one.user.tolist() == [0, 1, 0]
+        assert one.item.tolist() == [0, 0, 1]
+    for others in (["42.5", "7.0"], ["42.00", "7.0"], ["007.0", "7.0"], ["a", "7.0"], ["", ".0"],
+                   ["9007199254740993.0", "7.0"]):  # fmt: skip
+        others = [one for one in others if one]
+        text = "".join(f"1,{one},3\n" for one in others)
+        assert read(path, f"user,item,time\n{text}").item_ids.tolist() == sorted(others)
