@@ -17,6 +17,7 @@ from recgrela_ext.arguments import as_path
 from recgrela_ext.data.formats import FORMATS, Source, resolve
 from recgrela_ext.data.ids import IdEncoder, column_ids, compact, lone_surrogate
 from recgrela_ext.data.optional import import_pandas, import_parquet, parquet_errors
+from recgrela_ext.data.ranks import UserTimes
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
@@ -32,7 +33,10 @@ _NO_TIME = ["", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "inf", "-inf"
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What a file holds: int32 codes, int64 or float64 time or None, ascending raw ids."""
+    """What a file holds: int32 codes, int64 or float64 time or None, ascending raw ids.
+
+    ``time_is_rank`` as of `Interactions`: True where rows that `keep` dropped tell it.
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -41,6 +45,7 @@ class Columns:
     item_ids: np.ndarray
     item_titles: dict[int | str, str] | None
     name: str
+    time_is_rank: bool | None
 
 
 @dataclass
@@ -77,8 +82,9 @@ def read_columns(
                 f"{where}: column {column!r} is missing; "
                 f"the columns are {', '.join(source.columns)}"
             )
+    everything = UserTimes()
     read = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)
-    parts = read(source, where, chosen, progress)
+    parts = read(source, where, chosen, progress, everything)
     users, items = IdEncoder("user", where), IdEncoder("item", where)
     times: list[np.ndarray] = []
     for part in parts:
@@ -100,6 +106,7 @@ def read_columns(
         item_ids,
         read_titles(source, item_ids),
         source.name,
+        everything.number_events() or None,
     )
 
 
@@ -121,7 +128,11 @@ def _chosen(keep: Any) -> dict[str, set[str]]:
 
 
 def _text_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
     keep = {name: {value.strip() for value in values} for name, values in keep.items()}
     wanted = [source.user, source.item, *keep]
@@ -135,6 +146,8 @@ def _text_parts(
         if source.time is not None:
             time = times.add(chunk[source.time], int(lines[0]), "line")
         if keep:
+            if time is not None:
+                everything.add(*_texts(chunk[source.user], where), time)
             rows = np.ones(len(chunk), dtype=bool)
             for name, values in keep.items():
                 texts, codes = _texts(chunk[name], where)
@@ -150,7 +163,11 @@ def _text_parts(
 
 
 def _netflix_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
     """Lines ``movie:`` followed by lines ``user,rating,date`` of that movie."""
     movie: str | None = None
@@ -188,7 +205,11 @@ def _used(names: list[str], codes: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _parquet_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
     parquet = import_parquet(where)
     wanted = list(dict.fromkeys([source.user, source.item, *keep]))
@@ -216,11 +237,21 @@ def _parquet_parts(
                 rows = np.ones(len(chunk), dtype=bool)
                 for name, values in keep.items():
                     rows &= chunk[name].astype(str).isin(values).to_numpy()
+                if time is not None:
+                    _add_users(everything, chunk[source.user], time, where)
                 chunk, numbers = chunk[rows], numbers[rows]
                 time = None if time is None else time[rows]
             users = column_ids(chunk[source.user], "user", where, numbers)
             items = column_ids(chunk[source.item], "item", where, numbers)
             yield _Part(users, items, time)
+
+
+def _add_users(everything: UserTimes, column: Any, time: np.ndarray, where: str) -> None:
+    try:
+        codes, users = import_pandas(where).factorize(column)
+    except TypeError:  # lists, which are refused where `keep` leaves one of them
+        return
+    everything.add(users.tolist(), codes, time)
 
 
 def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:

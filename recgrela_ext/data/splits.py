@@ -114,7 +114,7 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
         raise DataError(
             f"{where}: order must not be 'shuffled', which moves events over the boundaries"
         )
-    if _is_rank(log, time):
+    if log.has_rank_time:
         raise DataError(
             f"{where}: time must be comparable between users, got a rank 1..n for each user"
         )
@@ -128,17 +128,6 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
     if not (part == 0).any():
         raise DataError(f"{where}: the training part of {log.name} must hold events, got none")
     return part
-
-
-def _is_rank(log: Interactions, time: np.ndarray) -> bool:
-    """Whether each user's times are 0..n-1 or 1..n: such a time says nothing across users."""
-    lowest = time.min()
-    if log.num_users < 2 or lowest not in (0, 1):
-        return False
-    largest = np.full(log.num_users, lowest, dtype=time.dtype)
-    np.maximum.at(largest, log.user, time)
-    count = np.bincount(log.user, minlength=log.num_users)
-    return bool((largest - lowest + 1 == count).all())
 
 
 def _sorted_items(log: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from recgrela_ext import DataError, Interactions
 from recgrela_ext.data import readers
+from recgrela_ext.data.synthetic import make_synthetic
+from tests.trust.test_refusals import refused
 
 Rows = list[tuple[Any, Any, Any, Any]]
 # user, item, time, kind: those of kind 5 stay; nobody else has the users and items of the others.
@@ -158,3 +161,118 @@ def test_ids_written_as_floats(tmp_path: Path) -> None:
         others = [one for one in others if one]
         text = "".join(f"1,{one},3\n" for one in others)
         assert read(path, f"user,item,time\n{text}").item_ids.tolist() == sorted(others)
+
+
+def numbered(lengths: list[int], first: int = 1, step: float = 1) -> pd.DataFrame:
+    """Every user's events numbered; every third of them is a view."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    number = np.concatenate([np.arange(n) for n in lengths])
+    item = rng.integers(0, 12, len(user)) + 30 * (number % 3 == 1)
+    kind = np.where(number % 3 == 1, "view", np.where(number % 9 == 0, "buy", "click"))
+    columns = {"user": user, "item": item, "timestamp": first + step * number, "kind": kind}
+    frame = pd.DataFrame(columns)
+    return frame.sample(frac=1, random_state=0, ignore_index=True)
+
+
+LENGTHS = np.random.default_rng(1).integers(3, 60, 40).tolist()
+RANK = "^split_by_time: time must be comparable between users, got a rank"
+
+
+@pytest.mark.parametrize("step", [1, 1000, 0.25])
+@pytest.mark.parametrize("first", [0, 1, 1_700_000_000])
+def test_ranks_with_gaps_are_refused_as_time(first: int, step: float) -> None:
+    """A filter left gaps, and the split by time took ranks for moments."""
+    frame = numbered(LENGTHS, first, step)
+    log = Interactions.from_frame(frame)
+    rare = log.item_ids[log.item] < 30
+    for part in (
+        log,
+        log.filter(max_item=40),
+        log.filter((5, 20)),
+        log.subset(rare).filter((2, 2)).first_events(),
+        log.subset(np.arange(len(log)) % 10 == 0),
+        Interactions.from_frame(frame[frame.kind != "view"]),  # gaps that nobody told of
+        Interactions.from_frame(numbered([6] * 4, first, step)),
+        Interactions.from_frame(numbered([4, 3], first, step)),
+    ):
+        refused(part.split_by_time, DataError, RANK)
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 19])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_ranks_with_rows_left_out_by_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, chunk: int
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_ROWS", chunk)
+    frame, path = numbered(LENGTHS), tmp_path / f"x.{suffix}"
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    for kept in (["click", "view"], ["buy"]):
+        log = Interactions.from_file(path, keep={"kind": kept}, progress=False)
+        assert len(log) < len(frame)
+        refused(log.split_by_time, DataError, RANK)
+    moments = frame.assign(timestamp=np.arange(len(frame)))
+    moments.to_csv(path, index=False) if suffix == "csv" else moments.to_parquet(path)
+    log = Interactions.from_file(path, keep={"kind": ["buy"]}, progress=False)
+    assert len(log.split_by_time()[2]) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*tie in time")
+def test_ranks_of_real_data(real_data: Path) -> None:
+    for name, ranks in (
+        ("wikipedia-edits", True), ("statics2011", True), ("ml-100k", False),
+        ("ml-latest-small", False), ("foursquare-nyc", False), ("algebra05-test", False),
+    ):  # fmt: skip
+        path = real_data / name / f"{name}.inter"
+        log = Interactions.from_file(path, order="file", progress=False)
+        for part in (log, log.filter((2, 200)), log.filter(max_user=300)):
+            assert part.has_rank_time == ranks, name
+        if ranks:
+            refused(log.filter((2, 200)).split_by_time, DataError, RANK)
+        else:
+            assert len(log.filter((2, 20)).split_by_time()[2]) > 0
+
+
+def honest(name: str) -> Interactions:
+    rng = np.random.default_rng(0)
+    users, events = {"one user": (1, 30), "two users": (2, 60)}.get(name, (40, 1200))
+    user = rng.integers(0, users, events)
+    time: Any = np.arange(events)  # of the whole log
+    if name == "panel":  # everybody from the first day on, once a day at most
+        user, time = np.nonzero(rng.random((40, 60)) < rng.uniform(0.3, 1, (40, 1)))
+    elif name == "days":
+        time = rng.integers(0, 60, events)
+    elif name == "one event each":
+        user = np.arange(events)
+    elif name == "huge":
+        time = rng.uniform(-1, 1, events) * 1.7e308
+    elif name == "one moment":
+        time = np.full(events, 5)
+    item = rng.integers(0, 9, len(user))
+    return Interactions.from_frame({"user": user, "item": item, "timestamp": time})
+
+
+@pytest.mark.parametrize(
+    "name", ["rows", "one user", "two users", "panel", "days", "one event each", "huge",
+             "one moment"],
+)  # fmt: skip
+def test_moments_are_no_ranks(name: str) -> None:
+    log = honest(name)
+    assert not log.has_rank_time
+    assert not log.filter(min_item=2).has_rank_time
+
+
+def test_few_moments_are_no_ranks() -> None:
+    """Coincidences of a few events prove nothing."""
+    for users, times in (
+        ([1, 1, 2], [100, 250, 100]), ([1, 1, 2, 2], [3, 9, 3, 9]),
+        ([1, 1, 1, 2, 2, 2], [0, 1, 9, 0, 2, 9]), ([1, 2, 3, 4], [5] * 4),
+    ):  # fmt: skip
+        log = Interactions.from_frame({"user": users, "item": users, "timestamp": times})
+        assert not log.has_rank_time
+    assert not make_synthetic(60, 120)[0].has_rank_time
+    assert not Interactions.from_frame({"user": [1], "item": [1]}, time=None,
+                                       order="file").has_rank_time  # fmt: skip
+    refused(lambda: Interactions(log.user, log.item, log.time, log.user_ids, log.item_ids,
+                                 time_is_rank=1), DataError,  # type: ignore[arg-type]
+            "^Interactions: time_is_rank must be True, False or None, got 1$")  # fmt: skip
