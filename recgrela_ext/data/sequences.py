@@ -262,6 +262,8 @@ class Targets:
         repeat_share: of the training part.
         target_sha256: sha256 of the lines ``user<TAB>item<LF>``, raw ids, users ascending.
         dropped: what was left out and how often, for example ``{"short_users": 3}``.
+        part_start: int64 ``[U]``, index into ``items`` where each user's events of this part or a
+            later one begin; None: at the user's first target, or at the end.
     """
 
     items: np.ndarray
@@ -276,6 +278,7 @@ class Targets:
     repeat_share: float
     target_sha256: str
     dropped: Mapping[str, int] = field(default_factory=dict)
+    part_start: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.position)

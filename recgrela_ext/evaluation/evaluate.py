@@ -44,7 +44,8 @@ def evaluate(
         max_seq_len: items of a history a model reads; ``None``: its own ``config.max_seq_len``.
         batch_size: histories per call; ``None``: chosen by length.
         baselines: the training ``Sequences`` to count Popularity and Markov in; ``None``: they are
-            counted in everything before the targets; a dict of named scorers; ``{}``: none.
+            counted in everything before the part of the targets; a dict of named scorers; ``{}``:
+            none.
         bootstrap: resamples of the users for the 95 % intervals; 0: no intervals.
         seed: of the bootstrap.
         model_seed: training seed of the model, recorded in the result.

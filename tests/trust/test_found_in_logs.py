@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recgrela_ext import DataError, Interactions
+from recgrela_ext import DataError, Interactions, Sequences
 from recgrela_ext.data import readers
 from recgrela_ext.data.synthetic import make_synthetic
+from recgrela_ext.evaluation.baselines import visible_part
 from tests.trust.test_refusals import refused
 
 Rows = list[tuple[Any, Any, Any, Any]]
@@ -276,3 +277,32 @@ def test_few_moments_are_no_ranks() -> None:
     refused(lambda: Interactions(log.user, log.item, log.time, log.user_ids, log.item_ids,
                                  time_is_rank=1), DataError,  # type: ignore[arg-type]
             "^Interactions: time_is_rank must be True, False or None, got 1$")  # fmt: skip
+
+
+def test_what_is_visible_before_leave_one_out_targets() -> None:
+    """The last event of a user without a validation target was counted before validation."""
+    rows = [("a", "x", 1), ("a", "y", 2), ("a", "z", 3), ("b", "y", 1), ("b", "x", 9),
+            ("c", "z", 4)]  # fmt: skip
+    log = Interactions.from_frame(pd.DataFrame(rows, columns=["user", "item", "timestamp"]))
+    train, valid, test = log.leave_one_out()
+    assert histories(visible_part(valid)) == histories(train) == [[1], [2], [3]]
+    assert histories(visible_part(test)) == [[1, 2], [2], [3]]
+
+
+@pytest.mark.parametrize("targets", ["all", "first", "last"])
+def test_what_is_visible_before_targets_of_a_time_split(targets: str) -> None:
+    rng = np.random.default_rng(0)
+    columns = {"user": rng.integers(0, 30, 300), "item": rng.integers(0, 8, 300)}
+    log = Interactions.from_frame({**columns, "timestamp": np.arange(300)})
+    train, valid, test = log.split_by_time(targets=targets)
+    assert histories(visible_part(valid)) == histories(train)
+    before = Interactions.from_frame(
+        {name: column[:270] for name, column in columns.items()} | {"timestamp": np.arange(270)}
+    )
+    seen = visible_part(test)
+    assert [one for one in histories(seen) if one] == histories(before.sequences())
+    assert seen.repeat_share == pytest.approx(before.sequences().repeat_share)
+
+
+def histories(data: Sequences) -> list[list[int]]:
+    return [data.history(user).tolist() for user in range(len(data))]
