@@ -217,7 +217,8 @@ class Sequences:
         """Histories given as item rows (1-based); raw ids are then the rows themselves.
 
         Raises:
-            DataError: rows that are no integers, or lie outside 1..``num_items`` or beyond int32.
+            DataError: histories that are no lists, rows that are no integers, or lie outside
+                1..``num_items`` or beyond int32.
         """
         caller = "Sequences.from_lists"
         if not isinstance(histories, Iterable) or isinstance(histories, str):
@@ -226,7 +227,12 @@ class Sequences:
             raise DataError(
                 f"{caller}: num_items must be an int from 0 to 2**31-1, got {shown(num_items)}"
             )
-        arrays = [as_array(one, caller, "histories", DataError).reshape(-1) for one in histories]
+        arrays = []
+        for one in histories:
+            array = as_array(one, caller, "histories", DataError)
+            if array.ndim != 1:
+                raise DataError(f"{caller}: histories must be lists of items, got {shown(one)}")
+            arrays.append(array)
         other = next((x.dtype for x in arrays if x.size and x.dtype.kind not in "iu"), None)
         if other is not None:
             raise DataError(f"Sequences.from_lists: items must be integers, got {other}")

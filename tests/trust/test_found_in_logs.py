@@ -306,3 +306,14 @@ def test_what_is_visible_before_targets_of_a_time_split(targets: str) -> None:
 
 def histories(data: Sequences) -> list[list[int]]:
     return [data.history(user).tolist() for user in range(len(data))]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1, 2, 3], [[[1, 2], [3, 4]]], np.arange(1, 4), [[[]]], [[1], 2]]
+)
+def test_histories_that_are_no_lists_of_items(wrong: Any) -> None:
+    """Three items were three users, and a batch of histories one history."""
+    refused(lambda: Sequences.from_lists(wrong), DataError,
+            r"^Sequences\.from_lists: histories must be lists of items, got")  # fmt: skip
+    assert histories(Sequences.from_lists(np.array([[1, 2], [3, 4]]))) == [[1, 2], [3, 4]]
+    assert histories(Sequences.from_lists([[], (2,), np.array([1])])) == [[], [2], [1]]
