@@ -49,13 +49,16 @@ def factorize(values: Any, what: str, where: str) -> tuple[np.ndarray, np.ndarra
     return encoder.finish(parse_numbers=False)
 
 
-def column_ids(column: Any, what: str, where: str, first: int = 0) -> tuple[list[Any], np.ndarray]:
+def column_ids(
+    column: Any, what: str, where: str, numbers: np.ndarray | None = None
+) -> tuple[list[Any], np.ndarray]:
     """``(distinct raw ids, code of every row)`` of a column that pandas can hold.
 
-    DataError on a missing id and on what cannot be one; rows are counted from ``first``.
+    DataError on a missing id and on what cannot be one, with its place in ``numbers``, by default
+    in the column.
     """
     if column.dtype.kind == "f" and (array := np.asarray(column)).dtype.kind == "f":
-        column = _integral(array, what, where, first)
+        column = _integral(array, what, where, numbers)
     try:
         codes, uniques = import_pandas(where).factorize(column)
     except TypeError:
@@ -67,7 +70,7 @@ def column_ids(column: Any, what: str, where: str, first: int = 0) -> tuple[list
     if missing.size:
         raise DataError(
             f"{where}: {what} ids must not be missing, got {missing.size} missing, "
-            f"the first in row {first + missing[0]}"
+            f"the first in row {_place(missing[0], numbers)}"
         )
     found = uniques.tolist()
     maybe = column.dtype.kind not in "iuf" and (0 in found or 1 in found)  # as False and True
@@ -158,7 +161,8 @@ class IdEncoder:
         """``(sorted raw ids, int32 codes)``; frees the chunks.
 
         ``parse_numbers`` turns ids into integers when every one of them is written as a plain
-        integer; ``007`` beside ``7``, or any other text, keeps all of them text.
+        integer, or as the float ``7.0`` that pandas makes of it where a column has a gap; ``007``
+        beside ``7``, or any other text, keeps all of them text.
         """
         raw: list[Any] = list(self._code_of)
         other = next((one for one in raw if not isinstance(one, (str, int, np.integer))), None)
@@ -169,8 +173,9 @@ class IdEncoder:
             )
         if texts := [one for one in raw if isinstance(one, str)]:
             _check_text(texts, self._what, self._where)
-        if parse_numbers and all(isinstance(one, str) and is_plain_integer(one) for one in raw):
-            raw = [int(one) for one in raw]
+        parsed = parse_numbers and all(isinstance(one, str) and _is_number(one) for one in raw)
+        if parsed:
+            raw = [int(one.removesuffix(".0")) for one in raw]
         if any(isinstance(one, str) for one in raw):
             raw = [str(one) for one in raw]
         if raw and not isinstance(raw[0], str):
@@ -180,7 +185,7 @@ class IdEncoder:
             return_index=True,
             return_inverse=True,
         )
-        if len(first) != len(raw):
+        if len(first) != len(raw) and not parsed:  # 7 and 7.0 are one
             raise DataError(f"{self._where}: {self._what} ids must be of one type, got a mixture")
         self._code_of = {}
         codes = np.concatenate([*self._chunks, np.empty(0, np.int32)])
@@ -192,6 +197,12 @@ class IdEncoder:
 def is_plain_integer(text: str) -> bool:
     digits = text[1:] if text.startswith("-") else text
     return digits.isdecimal() and digits.isascii() and (digits[0] != "0" or text == "0")
+
+
+def _is_number(text: str) -> bool:
+    """A plain integer, also as a float that stands for no other."""
+    plain = text.removesuffix(".0")
+    return is_plain_integer(plain) and (plain == text or abs(int(plain)) < 2**53)
 
 
 def _check_range(smallest: int, largest: int, what: str, where: str) -> None:
@@ -221,20 +232,26 @@ def _check_text(raw: list[str], what: str, where: str) -> None:
         raise DataError(f"{where}: {what} ids must be UTF-8 text, got {lone!r} in one")
 
 
-def _integral(array: np.ndarray, what: str, where: str, first: int = 0) -> np.ndarray:
+def _place(row: np.integer[Any], numbers: np.ndarray | None) -> int:
+    return int(row if numbers is None else numbers[row])
+
+
+def _integral(
+    array: np.ndarray, what: str, where: str, numbers: np.ndarray | None = None
+) -> np.ndarray:
     """Integers that pandas turned to floats, because a column once had a gap, are integers."""
     missing = np.flatnonzero(np.isnan(array))
     if missing.size:
         raise DataError(
             f"{where}: {what} ids must not be missing, got {missing.size} missing, "
-            f"the first in row {first + missing[0]}"
+            f"the first in row {_place(missing[0], numbers)}"
         )
     bits = exact_bits(array.dtype)
     bad = np.flatnonzero((array != np.floor(array)) | (np.abs(array) >= 2.0**bits))
     if bad.size:
         raise DataError(
             f"{where}: {what} ids must be integers (below 2**{bits} in a {array.dtype.name} "
-            f"column), got {array[bad[0]]} in row {first + bad[0]}"
+            f"column), got {array[bad[0]]} in row {_place(bad[0], numbers)}"
         )
     return array.astype(np.int64)
 

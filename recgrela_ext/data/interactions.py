@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from recgrela_ext.data import splits
 from recgrela_ext.data.ids import check_id_array, compact, factorize, lone_surrogate
 from recgrela_ext.data.optional import import_pandas
 from recgrela_ext.data.order import check_order, check_seed, sort_rows
+from recgrela_ext.data.ranks import number_events
 from recgrela_ext.data.sequences import IdMap, Sequences, Targets
 from recgrela_ext.errors import DataError, shown
 
@@ -41,6 +43,8 @@ class Interactions:
         order: the rule for ties in time, see ``recgrela_ext.data.order``.
         seed: seed of that rule.
         name: name of the data set, for results.
+        time_is_rank: whether the time numbers each user's events, as known of a log that this one
+            is a part of; None: judged by the columns.
 
     Raises:
         DataError: columns or ids that are not as above, or a time that is not finite.
@@ -55,10 +59,16 @@ class Interactions:
     order: str = "hash"
     seed: int = 0
     name: str = "frame"
+    time_is_rank: bool | None = None
 
     def __post_init__(self) -> None:
         check_order(self.order, self.time is not None, "Interactions")
         check_seed(self.seed, "Interactions")
+        if self.time_is_rank is not None and not isinstance(self.time_is_rank, bool):
+            raise DataError(
+                "Interactions: time_is_rank must be True, False or None, "
+                f"got {shown(self.time_is_rank)}"
+            )
         check_id_array(self.user_ids, "user_ids", "Interactions")
         check_id_array(self.item_ids, "item_ids", "Interactions")
         columns = [self.user, self.item] + ([] if self.time is None else [self.time])
@@ -199,6 +209,10 @@ class Interactions:
     ) -> Interactions:
         """A log from a file or a folder of a known data set; needs pandas (pyarrow for Parquet).
 
+        Ids in text lose the blanks around them, quoted or not. They become integers where each of
+        a column is written as one, or as the float ``42.0`` that pandas makes of it where a column
+        has a gap; otherwise all of them stay text.
+
         Args:
             path: a file, possibly ``.gz``, or the folder of a data set.
             format: one of ``recgrela_ext.data.readers.FORMATS``, or ``"auto"``.
@@ -207,7 +221,9 @@ class Interactions:
             order, seed: the rule for ties in time.
             progress: show a bar on stderr; None shows it on a terminal.
             keep: column name -> values; only rows with one of these values are read, for
-                example ``{"action_type": ["2"]}`` for the purchases of Tmall.
+                example ``{"action_type": ["2"]}`` for the purchases of Tmall. Values are compared
+                as text, in text files without blanks around. Of the other rows only the time
+                must be readable.
             name: name of the data set, by default the file's or the folder's.
 
         Raises:
@@ -230,6 +246,7 @@ class Interactions:
             order,
             seed,
             columns.name if name is None else name,
+            columns.time_is_rank,
         )
 
     @classmethod
@@ -273,6 +290,15 @@ class Interactions:
     @property
     def id_map(self) -> IdMap:
         return IdMap(self.user_ids, self.item_ids, self.item_titles)
+
+    @cached_property
+    def has_rank_time(self) -> bool:
+        """Whether the time numbers each user's events (1, 2, 3, from any number on in any step):
+        it then says nothing across users. A part of a log is judged by the whole log.
+        """
+        if self.time is None or self.time_is_rank is not None:
+            return bool(self.time_is_rank)
+        return number_events(self.user, self.time, self.num_users)
 
     def filter(
         self,
@@ -334,7 +360,16 @@ class Interactions:
         item_ids, item = compact(self.item[keep], self.item_ids)
         time = None if self.time is None else self.time[keep]
         return Interactions(
-            user, item, time, user_ids, item_ids, self.item_titles, self.order, self.seed, self.name
+            user,
+            item,
+            time,
+            user_ids,
+            item_ids,
+            self.item_titles,
+            self.order,
+            self.seed,
+            self.name,
+            self.has_rank_time,  # gaps would hide it
         )
 
     def first_events(self) -> Interactions:
@@ -383,6 +418,11 @@ class Interactions:
         targets: str = "all",
     ) -> Split:
         """Split at two moments for all users: the quantiles ``train`` and ``train + valid``.
+
+        Times that number each user's events (:attr:`has_rank_time`) say nothing across users and
+        are refused. They are known also where `filter`, `subset` or `keep` of :meth:`from_file`
+        left gaps in them; gaps from elsewhere hide them when more than half of the events are gone
+        or there are fewer than 20 users.
 
         Events with the time of a boundary belong to the later part. Items without a training
         event leave the log (``dropped["cold_items"]``, ``dropped["cold_events"]``); an event that

@@ -17,6 +17,7 @@ from recgrela_ext.arguments import as_path
 from recgrela_ext.data.formats import FORMATS, Source, resolve
 from recgrela_ext.data.ids import IdEncoder, column_ids, compact, lone_surrogate
 from recgrela_ext.data.optional import import_pandas, import_parquet, parquet_errors
+from recgrela_ext.data.ranks import UserTimes
 from recgrela_ext.data.text import TextSource
 from recgrela_ext.data.times import TimeColumn
 from recgrela_ext.data.titles import read_titles
@@ -32,7 +33,10 @@ _NO_TIME = ["", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "inf", "-inf"
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What a file holds: int32 codes, int64 or float64 time or None, ascending raw ids."""
+    """What a file holds: int32 codes, int64 or float64 time or None, ascending raw ids.
+
+    ``time_is_rank`` as of `Interactions`: True where rows that `keep` dropped tell it.
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -41,6 +45,7 @@ class Columns:
     item_ids: np.ndarray
     item_titles: dict[int | str, str] | None
     name: str
+    time_is_rank: bool | None
 
 
 @dataclass
@@ -77,9 +82,9 @@ def read_columns(
                 f"{where}: column {column!r} is missing; "
                 f"the columns are {', '.join(source.columns)}"
             )
-    parts = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)(
-        source, where, chosen, progress
-    )
+    everything = UserTimes()
+    read = {"parquet": _parquet_parts, "netflix": _netflix_parts}.get(source.format, _text_parts)
+    parts = read(source, where, chosen, progress, everything)
     users, items = IdEncoder("user", where), IdEncoder("item", where)
     times: list[np.ndarray] = []
     for part in parts:
@@ -101,6 +106,7 @@ def read_columns(
         item_ids,
         read_titles(source, item_ids),
         source.name,
+        everything.number_events() or None,
     )
 
 
@@ -122,47 +128,62 @@ def _chosen(keep: Any) -> dict[str, set[str]]:
 
 
 def _text_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
+    keep = {name: {value.strip() for value in values} for name, values in keep.items()}
     wanted = [source.user, source.item, *keep]
     types = dict.fromkeys(wanted, "str")
     times = TimeColumn(where)
     if source.time is not None:
         wanted.append(source.time)
     for chunk in _chunks(source, wanted, types, progress):
-        first = int(chunk.index[0]) + (2 if source.header else 1)
-        rows = np.ones(len(chunk), dtype=bool)
-        for name, values in keep.items():
-            rows &= chunk[name].isin(values).to_numpy()
+        lines = chunk.index.to_numpy() + (2 if source.header else 1)
         time = None
         if source.time is not None:
-            time = times.add(chunk[source.time], first, "line")[rows]
+            time = times.add(chunk[source.time], int(lines[0]), "line")
+        if keep:
+            if time is not None:
+                everything.add(*_texts(chunk[source.user], where), time)
+            rows = np.ones(len(chunk), dtype=bool)
+            for name, values in keep.items():
+                texts, codes = _texts(chunk[name], where)
+                # The last: a row too short for the column.
+                rows &= np.array([*(text in values for text in texts), False])[codes]
+            chunk, lines = chunk[rows], lines[rows]
+            time = None if time is None else time[rows]
         yield _Part(
-            _codes(chunk[source.user], "user", where, first, rows),
-            _codes(chunk[source.item], "item", where, first, rows),
+            _codes(chunk[source.user], "user", where, lines),
+            _codes(chunk[source.item], "item", where, lines),
             time,
         )
 
 
 def _netflix_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
     """Lines ``movie:`` followed by lines ``user,rating,date`` of that movie."""
     movie: str | None = None
     types = {"user": "str", "date": "str"}
     for chunk in _chunks(source, ["user", "date"], types, progress):
-        first = int(chunk.index[0]) + 1
-        everything = np.ones(len(chunk), dtype=bool)
-        names, codes = _codes(chunk["user"], "user", where, first, everything)
+        lines = chunk.index.to_numpy() + 1
+        names, codes = _codes(chunk["user"], "user", where, lines)
         is_movie = np.array([str(name).endswith(":") for name in names], dtype=bool)
         head = is_movie[codes]
         heads = np.flatnonzero(head)
-        movies = [movie, *(names[codes[row]][:-1] for row in heads)]
+        movies = [movie, *(names[codes[row]][:-1].rstrip() for row in heads)]
         block = np.cumsum(head)[~head]
         movie = movies[-1]
         if movies[0] is None and block.size and block[0] == 0:
             raise DataError(f"{where}: the first line must name a movie ('1:'), got a rating")
-        dates, date_codes = _codes(chunk["date"], "date", where, first, ~head)
+        dates, date_codes = _codes(chunk["date"][~head], "date", where, lines[~head])
         wrong = [date for date in dates if not _DAY.fullmatch(date)]
         try:
             days = np.array([] if wrong else dates, dtype="datetime64[D]").astype(np.int64)
@@ -184,7 +205,11 @@ def _used(names: list[str], codes: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _parquet_parts(
-    source: Source, where: str, keep: Mapping[str, set[str]], progress: bool | None
+    source: Source,
+    where: str,
+    keep: Mapping[str, set[str]],
+    progress: bool | None,
+    everything: UserTimes,
 ) -> Iterator[_Part]:
     parquet = import_parquet(where)
     wanted = list(dict.fromkeys([source.user, source.item, *keep]))
@@ -202,17 +227,31 @@ def _parquet_parts(
         ) as bar,
     ):
         for chunk in _parquet_chunks(file, wanted, where):
-            rows = np.ones(len(chunk), dtype=bool)
-            for name, values in keep.items():
-                rows &= chunk[name].astype(str).isin(values).to_numpy()
-            time = None
-            if source.time is not None:
-                time = times.add(chunk[source.time], first)[rows]
-            users, user_codes = column_ids(chunk[source.user], "user", where, first)
-            items, item_codes = column_ids(chunk[source.item], "item", where, first)
-            yield _Part((users, user_codes[rows]), (items, item_codes[rows]), time)
+            numbers = np.arange(first, first + len(chunk))
             first += len(chunk)
             bar.update(len(chunk))
+            time = None
+            if source.time is not None:
+                time = times.add(chunk[source.time], int(numbers[0]))
+            if keep:
+                rows = np.ones(len(chunk), dtype=bool)
+                for name, values in keep.items():
+                    rows &= chunk[name].astype(str).isin(values).to_numpy()
+                if time is not None:
+                    _add_users(everything, chunk[source.user], time, where)
+                chunk, numbers = chunk[rows], numbers[rows]
+                time = None if time is None else time[rows]
+            users = column_ids(chunk[source.user], "user", where, numbers)
+            items = column_ids(chunk[source.item], "item", where, numbers)
+            yield _Part(users, items, time)
+
+
+def _add_users(everything: UserTimes, column: Any, time: np.ndarray, where: str) -> None:
+    try:
+        codes, users = import_pandas(where).factorize(column)
+    except TypeError:  # lists, which are refused where `keep` leaves one of them
+        return
+    everything.add(users.tolist(), codes, time)
 
 
 def _parquet_chunks(file: Any, wanted: list[str], where: str) -> Iterator[Any]:
@@ -287,16 +326,22 @@ def _distinct(columns: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _codes(
-    column: Any, what: str, where: str, first: int, rows: np.ndarray
-) -> tuple[list[str], np.ndarray]:
-    """Distinct texts of the chosen rows, and the code of each; a gap names its line."""
-    codes, uniques = import_pandas(where).factorize(column if rows.all() else column[rows])
-    names = uniques.tolist()
-    missing = np.flatnonzero((codes < 0) | (codes == (names.index("") if "" in names else -1)))
+def _texts(column: Any, where: str) -> tuple[list[str], np.ndarray]:
+    """Texts without the blanks around them, and the code of every row: -1 where none is.
+
+    Two of the texts may be the same.
+    """
+    codes, uniques = import_pandas(where).factorize(column)
+    return [text.strip() for text in uniques.tolist()], codes
+
+
+def _codes(column: Any, what: str, where: str, lines: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Texts as of `_texts`, none of them empty; a gap names its line."""
+    texts, codes = _texts(column, where)
+    missing = np.flatnonzero(np.array([*(not text for text in texts), True])[codes])
     if missing.size:
         raise DataError(
             f"{where}: {what} must not be missing, got {missing.size} missing, "
-            f"the first in line {first + np.flatnonzero(rows)[missing[0]]}"
+            f"the first in line {lines[missing[0]]}"
         )
-    return names, codes
+    return texts, codes

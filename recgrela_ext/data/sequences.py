@@ -217,7 +217,8 @@ class Sequences:
         """Histories given as item rows (1-based); raw ids are then the rows themselves.
 
         Raises:
-            DataError: rows that are no integers, or lie outside 1..``num_items`` or beyond int32.
+            DataError: histories that are no lists, rows that are no integers, or lie outside
+                1..``num_items`` or beyond int32.
         """
         caller = "Sequences.from_lists"
         if not isinstance(histories, Iterable) or isinstance(histories, str):
@@ -226,7 +227,12 @@ class Sequences:
             raise DataError(
                 f"{caller}: num_items must be an int from 0 to 2**31-1, got {shown(num_items)}"
             )
-        arrays = [as_array(one, caller, "histories", DataError).reshape(-1) for one in histories]
+        arrays = []
+        for one in histories:
+            array = as_array(one, caller, "histories", DataError)
+            if array.ndim != 1:
+                raise DataError(f"{caller}: histories must be lists of items, got {shown(one)}")
+            arrays.append(array)
         other = next((x.dtype for x in arrays if x.size and x.dtype.kind not in "iu"), None)
         if other is not None:
             raise DataError(f"Sequences.from_lists: items must be integers, got {other}")
@@ -262,6 +268,8 @@ class Targets:
         repeat_share: of the training part.
         target_sha256: sha256 of the lines ``user<TAB>item<LF>``, raw ids, users ascending.
         dropped: what was left out and how often, for example ``{"short_users": 3}``.
+        part_start: int64 ``[U]``, index into ``items`` where each user's events of this part or a
+            later one begin; None: at the user's first target, or at the end.
     """
 
     items: np.ndarray
@@ -276,6 +284,7 @@ class Targets:
     repeat_share: float
     target_sha256: str
     dropped: Mapping[str, int] = field(default_factory=dict)
+    part_start: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.position)

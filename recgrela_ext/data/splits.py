@@ -45,6 +45,7 @@ def leave_one_out(log: Interactions) -> Split:
         users,
         "valid",
         {"short_users": int((~has_valid).sum())},
+        ends - has_test - has_valid,
     )
     users = np.flatnonzero(has_test)
     test = _targets(
@@ -55,6 +56,7 @@ def leave_one_out(log: Interactions) -> Split:
         users,
         "test",
         {"short_users": int((~has_test).sum())},
+        ends - has_test,
     )
     return train, valid, test
 
@@ -78,6 +80,9 @@ def split_by_time(log: Interactions, shares: tuple[float, float, float], targets
     del trained
     result = []
     for number, split in ((1, "valid"), (2, "test")):
+        before = np.concatenate([[0], np.cumsum(part < number)])
+        part_start = offsets[:-1] + np.diff(before[offsets])
+        del before
         position = np.flatnonzero(part == number)
         user = np.searchsorted(offsets, position, side="right") - 1
         known = position > offsets[user]
@@ -93,7 +98,7 @@ def split_by_time(log: Interactions, shares: tuple[float, float, float], targets
             changes = user[1:] != user[:-1]
             chosen[1 if targets == "first" else 0 : None if targets == "first" else -1] = changes
             position, user = position[chosen], user[chosen]
-        result.append(_targets(train, items, offsets, position, user, split, counts))
+        result.append(_targets(train, items, offsets, position, user, split, counts, part_start))
     return train, result[0], result[1]
 
 
@@ -114,7 +119,7 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
         raise DataError(
             f"{where}: order must not be 'shuffled', which moves events over the boundaries"
         )
-    if _is_rank(log, time):
+    if log.has_rank_time:
         raise DataError(
             f"{where}: time must be comparable between users, got a rank 1..n for each user"
         )
@@ -128,17 +133,6 @@ def _parts(log: Interactions, shares: tuple[float, float, float], targets: str) 
     if not (part == 0).any():
         raise DataError(f"{where}: the training part of {log.name} must hold events, got none")
     return part
-
-
-def _is_rank(log: Interactions, time: np.ndarray) -> bool:
-    """Whether each user's times are 0..n-1 or 1..n: such a time says nothing across users."""
-    lowest = time.min()
-    if log.num_users < 2 or lowest not in (0, 1):
-        return False
-    largest = np.full(log.num_users, lowest, dtype=time.dtype)
-    np.maximum.at(largest, log.user, time)
-    count = np.bincount(log.user, minlength=log.num_users)
-    return bool((largest - lowest + 1 == count).all())
 
 
 def _sorted_items(log: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,6 +159,7 @@ def _targets(
     user: np.ndarray,
     split: str,
     dropped: dict[str, int],
+    part_start: np.ndarray,
 ) -> Targets:
     return Targets(
         items,
@@ -179,4 +174,5 @@ def _targets(
         train.repeat_share,
         target_digest(train.id_map, user, items[position]),
         dropped,
+        part_start,
     )

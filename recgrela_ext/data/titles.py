@@ -35,7 +35,8 @@ def read_titles(source: Source, item_ids: np.ndarray) -> dict[int | str, str] | 
     if path is None:
         return None
     known = {str(raw): raw for raw in item_ids.tolist()}
-    titles = {known[raw]: title for raw, title in _rows(path, source) if raw in known and title}
+    rows = ((raw.strip(), title) for raw, title in _rows(path, source))
+    titles = {known[raw]: title for raw, title in rows if raw in known and title}
     return titles or None
 
 

@@ -50,12 +50,13 @@ def make_baselines(
 
 
 def visible_part(targets: Targets) -> Sequences:
-    """Everything each user did before the first of the targets: where no training data is at hand.
+    """Everything before the part that the targets are of: where no training data is at hand.
 
-    For the test targets of a leave-one-out split that is the training part and the validation
-    items: one event per user more than a model trained on the training part has seen.
+    For validation targets that is the training part. For test targets it is the training part and
+    the validation part, more than a model trained on the training part has seen. Of targets made
+    without ``part_start``: what each user did before the first target; of a user without one, all.
     """
-    stop = targets.offsets[1:].copy()
+    stop = (targets.offsets[1:] if targets.part_start is None else targets.part_start).copy()
     np.minimum.at(stop, targets.user, targets.position)
     lengths = stop - targets.offsets[:-1]
     keep = np.arange(len(targets.items)) < np.repeat(stop, np.diff(targets.offsets))

@@ -22,7 +22,7 @@ def evaluate(
     model: Any,
     targets: Targets,
     *,
-    k: Sequence[int] = (5, 10),
+    k: Iterable[int] = (5, 10),
     max_seq_len: int | None = None,
     batch_size: int | None = None,
     baselines: Mapping[str, Scorer] | Sequences | None = None,
@@ -40,11 +40,12 @@ def evaluate(
     Args:
         model: a ``RecGRELA``, or any object with ``score(histories) -> float32 [b, n_items]``.
         targets: the validation or test targets of a split.
-        k: cut-offs.
+        k: cut-offs, any iterable of ints from 1.
         max_seq_len: items of a history a model reads; ``None``: its own ``config.max_seq_len``.
         batch_size: histories per call; ``None``: chosen by length.
         baselines: the training ``Sequences`` to count Popularity and Markov in; ``None``: they are
-            counted in everything before the targets; a dict of named scorers; ``{}``: none.
+            counted in everything before the part of the targets; a dict of named scorers; ``{}``:
+            none.
         bootstrap: resamples of the users for the 95 % intervals; 0: no intervals.
         seed: of the bootstrap.
         model_seed: training seed of the model, recorded in the result.
@@ -60,9 +61,13 @@ def evaluate(
     """
     if not isinstance(targets, Targets):
         raise TypeError(f"evaluate: targets must be Targets, got {shown(targets)}")
-    if not isinstance(k, Iterable) or not all(is_whole(one) and one >= 1 for one in k) or not k:
+    try:
+        cutoffs = list(k)
+    except TypeError:  # a number, also as an array without a dimension
+        cutoffs = []
+    if not cutoffs or not all(is_whole(one) and one >= 1 for one in cutoffs):
         raise ValueError(f"evaluate: k must be cut-offs from 1, got {shown(k)}")
-    ks = sorted(set(k))
+    ks = sorted({int(one) for one in cutoffs})
     check_whole(bootstrap, "evaluate", "bootstrap", low=0)
     if not is_whole(seed) or seed < 0:
         raise ValueError(f"evaluate: seed must be an int of at least 0, got {shown(seed)}")

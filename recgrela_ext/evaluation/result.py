@@ -101,9 +101,14 @@ def format_table(result: dict[str, Any]) -> str:
             rows.append((baseline, [metrics[f"{view}/{name}"] for name in names]))
         width = max(14, *(len(label) for label, _ in rows))
         lines += ["", f"{view} ({meaning})"]
-        lines.append(" " * width + "".join(f"{name:>9}" for name in names))
+        columns = [max(9, 1 + len(name)) for name in names]
+        titles = zip(names, columns, strict=True)
+        lines.append(" " * width + "".join(f"{name:>{column}}" for name, column in titles))
         for label, values in rows:
-            lines.append(f"{label:<{width}}" + "".join(f"{value:9.4f}" for value in values))
+            cells = zip(values, columns, strict=True)
+            lines.append(
+                f"{label:<{width}}" + "".join(f"{value:{column}.4f}" for value, column in cells)
+            )
     return "\n".join(lines)
 
 

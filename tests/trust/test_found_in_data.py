@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from recgrela_ext import DataError, IdMap, Interactions, Sequences
+from recgrela_ext import DataError, IdMap, Interactions, Sequences, Targets, evaluate
 from recgrela_ext.cli import main
 from recgrela_ext.evaluation import (
     bootstrap_interval,
+    format_table,
     mean_metrics,
     metric_values,
     recommend_for_items,
@@ -234,6 +235,36 @@ def test_arguments_of_metrics() -> None:
         "mrr@5": [1, 0],
     }
     assert bootstrap_interval({"a": [1, 1]}, ["x", "y"]) == {"a": [1.0, 1.0]}  # type: ignore[list-item, arg-type]
+
+
+@pytest.mark.parametrize(
+    "k", [iter((5, 10)), np.array([10, 5]), {5, 10}, range(5, 11, 5), (np.int64(5), 10, 5)]
+)
+def test_cut_offs_of_any_kind(k: Any) -> None:
+    """A generator left no metric at all, an array had NumPy complain."""
+    model, data = catalogue()
+    result = evaluate(model, Targets.last_of(data), k=k, bootstrap=0, baselines={}, progress=False)
+    assert [name for name in result["mean"] if "/" not in name] == [
+        f"{name}@{cut}" for cut in (5, 10) for name in ("hit", "ndcg", "mrr")
+    ]
+
+
+@pytest.mark.parametrize("k", [5, np.array(5), [], iter(()), "5", None, [0], [True], [2.5]])
+def test_cut_offs_that_are_none(k: Any) -> None:
+    model, data = catalogue()
+    refused(lambda: evaluate(model, Targets.last_of(data), k=k), ValueError,
+            "^evaluate: k must be cut-offs from 1, got")  # fmt: skip
+
+
+def test_columns_of_large_cut_offs_stand_apart() -> None:
+    model, data = catalogue()
+    result = evaluate(model, Targets.last_of(data), k=[1, 10, 100_000], baselines=data)
+    _, *blocks = format_table(result).split("\n\n")
+    for block in blocks:
+        _, head, *rows = block.splitlines()
+        names = [f"{name}@{k}" for k in (1, 10, 100_000) for name in ("hit", "ndcg", "mrr")]
+        assert head.split() == names
+        assert {len(row) for row in rows} == {len(head)}
 
 
 def catalogue() -> tuple[Any, Sequences]:
