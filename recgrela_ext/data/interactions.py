@@ -293,8 +293,8 @@ class Interactions:
 
     @cached_property
     def has_rank_time(self) -> bool:
-        """Whether the time numbers each user's events (1, 2, 3, from any number on in any step):
-        it then says nothing across users. A part of a log is judged by the whole log.
+        """Whether the time numbers each user's events (1, 2, 3 or 0, 1, 2, in any unit): it then
+        says nothing across users. A part of a log is judged by the whole log.
         """
         if self.time is None or self.time_is_rank is not None:
             return bool(self.time_is_rank)
@@ -421,8 +421,7 @@ class Interactions:
 
         Times that number each user's events (:attr:`has_rank_time`) say nothing across users and
         are refused. They are known also where `filter`, `subset` or `keep` of :meth:`from_file`
-        left gaps in them; gaps from elsewhere hide them when more than half of the events are gone
-        or there are fewer than 20 users.
+        left gaps in them; gaps from elsewhere hide them.
 
         Events with the time of a boundary belong to the later part. Items without a training
         event leave the log (``dropped["cold_items"]``, ``dropped["cold_events"]``); an event that

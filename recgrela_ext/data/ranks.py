@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 _ROWS = 1 << 19  # looked at together
-_FEW_USERS = 20  # too few to tell numbers with gaps from chance
 _COINCIDENCES = 3  # events of others than the longest user; fewer prove nothing
 
 
@@ -48,7 +47,7 @@ class UserTimes:
             self._sum += np.bincount(user, time - self._origin, minlength=num_users)
 
     def number_events(self) -> bool:
-        """Whether all users begin at one time and go on in steps of one size."""
+        """Whether every user's times are 1, 2, 3 or 0, 1, 2 and so on, all in one unit."""
         here = self._count > 0
         count, several = self._count[here], self._count[here] > 1
         if not several.any() or count.sum() - count.max() < _COINCIDENCES:
@@ -60,35 +59,14 @@ class UserTimes:
             total = self._sum[here] - count * (begin - self._origin)
             return bool(
                 0 < step < np.inf
+                and (begin == 0 or np.isclose(begin, step, rtol=1e-9, atol=0))
                 and np.allclose(steps, step * (count - 1), rtol=1e-9, atol=0)
                 and np.allclose(total, steps * count / 2, rtol=1e-9, atol=0)
             )
 
-    def number_some_events(self, user: np.ndarray, time: np.ndarray) -> bool:
-        """Whether the rows, all that were added, look like numbered events some of which are gone.
-
-        At least half are left: then a user's latest time tells how many events there are, half of
-        the users have one of their first three, and no user has two at one time.
-        """
-        here = self._count > 0
-        count, first, last = self._count[here], self._first[here], self._last[here]
-        with np.errstate(all="ignore"):
-            begin = first.min()
-            if len(count) < _FEW_USERS or count.min() == count.max() or last.min() == last.max():
-                return False
-            if not np.corrcoef(count, last - begin)[0, 1] > 0.88:
-                return False  # already here where times are comparable
-            step = np.diff(np.unique(time)).min()
-            filled = count.sum() / ((last - begin) / step + 1).sum()
-            if not (filled >= 0.5 and np.median((first - begin) / step) < 3):
-                return False
-        order = np.lexsort((time, user))
-        tied = (np.diff(user[order]) == 0) & (np.diff(time[order]) == 0)
-        return not tied.any()
-
 
 def number_events(user: np.ndarray, time: np.ndarray, num_users: int) -> bool:
-    """Whether a log's times number the events of each user, from any number on in any step.
+    """Whether a log's times number the events of each user, from 0 or 1 on in any unit.
 
     Args:
         user: ``[N]``, codes below ``num_users``.
@@ -98,4 +76,4 @@ def number_events(user: np.ndarray, time: np.ndarray, num_users: int) -> bool:
     for start in range(0, len(user), _ROWS):
         rows = slice(start, start + _ROWS)
         times.add_codes(user[rows], time[rows], num_users)
-    return times.number_events() or times.number_some_events(user, time)
+    return times.number_events()
