@@ -410,6 +410,7 @@ void test_all(const Shape& s) {
 
 // Shapes nobody chose: head dims to 130, widths over a chunk, lengths around everything.
 void test_random(int64_t count, unsigned seed) {
+  test_all({1, 2, 4, {kSegment + 1}, false, true, false});  // few of the others have segments
   std::mt19937 generator(seed);
   const auto below = [&](int64_t n) { return int64_t(generator() % uint32_t(n)); };
   for (int64_t i = 0; i < count; ++i) {

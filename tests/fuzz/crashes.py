@@ -47,6 +47,11 @@ def keep(name: str, data: bytes) -> str:
     return place.name
 
 
+def with_finding(names: list[str], found: str) -> list[str]:
+    """The names with `found`, if there is one, each once."""
+    return [*dict.fromkeys([*names, *([found] if found else [])])]
+
+
 def watch(command: list[str], name: str, out: Path) -> int:
     """Runs it; where it ends inside an input, that is a finding like any other."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +65,6 @@ def watch(command: list[str], name: str, out: Path) -> int:
     print(f"{name}: the process ended with {code} inside this input", file=sys.stderr)
     if out.exists():
         record = records.read(out)
-        record["findings"].append(found)
-        records.write(out, {**record, "runs_since_a_finding": 0})
+        findings = with_finding(record["findings"], found)
+        records.write(out, {**record, "findings": findings, "runs_since_a_finding": 0})
     return 1

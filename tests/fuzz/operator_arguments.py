@@ -159,7 +159,9 @@ def spoiled(draw: Draw, name: str, x: Any) -> Any:
     if action == 3:
         return x.unsqueeze(draw.below(x.dim() + 1))
     if action == 4:
-        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x
+        if x.dim() == 1:
+            return torch.stack((x, x), -1)[:, 0]
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x
     if action == 5:
         return x[:1].expand(x.shape) if x.dim() and x.shape[0] else x
     if action == 6:
@@ -174,8 +176,8 @@ def spoiled(draw: Draw, name: str, x: Any) -> Any:
         return x
     if action == 8 and x.dim():
         wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 3)
-        wide[..., : x.shape[-1]] = x
-        return wide[..., : x.shape[-1]]
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
     if action == 9:
         return x.flatten()
     if action == 10:

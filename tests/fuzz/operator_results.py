@@ -61,13 +61,15 @@ def copied(state: Any) -> Any:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in state)
 
 
-def compare(op: str, call: Call, plain: Call, dtype: Any, far: float = 0.0) -> str:
-    """The operator's name where it accepted its arguments."""
+def compare(op: str, call: Call, plain: Call, dtype: Any, valid: bool, far: float = 0.0) -> str:
+    """The operator's name where it accepted its arguments, which it must where they are `valid`."""
     try:
         found = call()
-    except (ValueError, TypeError) as error:
-        return refused(error, op)
-    except RuntimeError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        if valid:
+            raise AssertionError(f"refused, though valid: {error}") from error
+        if not isinstance(error, RuntimeError):
+            return refused(error, op)
         if "allocate memory" in str(error):
             return REFUSED
         raise

@@ -1,7 +1,8 @@
 """Every operator: sizes, dtypes, strides, lengths, states, then what is spoiled of them.
 
-What is refused is refused in one line that begins with the operator's name; what is accepted gives
-what the reference gives, and so do its gradients.
+What is refused is refused in one line that begins with the operator's name, and is not what
+operator_rules.py calls valid; what is accepted gives what the reference gives, and so do its
+gradients.
 """
 
 from __future__ import annotations

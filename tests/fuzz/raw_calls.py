@@ -19,6 +19,7 @@ from tests.fuzz import operator_arguments as make
 from tests.fuzz.draw import REFUSED, Draw
 from tests.fuzz.operator_arguments import FLOATS, Arguments, spoil_one
 from tests.fuzz.operator_results import GRADIENTS, alike, copied, flat, gradients, refused
+from tests.fuzz.operator_rules import fits_kernel
 
 # Of torch's own refusals of a raw call.
 TORCH_S = (
@@ -36,7 +37,8 @@ def call_raw(
     """torch.ops.recgrela.`name` with `arguments`, some of them spoiled.
 
     `plain`: of the same arguments, what the first results must be; asked where none is spoiled,
-    since a raw call may take for granted what the public one has seen to.
+    since a raw call may take for granted what the public one has seen to. Then it must accept them
+    too, where there is a kernel for them.
     """
     operator = getattr(torch.ops.recgrela, name)
     given = spoil_one(draw, arguments)
@@ -45,6 +47,8 @@ def call_raw(
     try:
         found = flat(operator(**given))
     except Exception as error:
+        if whole and fits_kernel(arguments):
+            raise AssertionError(f"refused, though valid: {error}") from error
         # torch: no kernel for this device, the wrong kind of value, a dtype that its stable
         # interface has no name for; or a fake kernel, which checks nothing
         meta = any(isinstance(x, Tensor) and x.is_meta for x in given.values())

@@ -174,6 +174,7 @@ def main() -> int:
                 wheel = build_wheel(python, version)
                 if torch == TORCHES[0]:  # newer headers ask for newer symbols
                     record["symbols"] = newest_symbols(wheel)
+                    record["versions"] = {"commit": records.commit(), "date": records.today()}
             found = cell(python, wheel)
             record["cells"][f"{version} {torch}"] = found
             records.write(OUT, record)

@@ -2,8 +2,9 @@
 
 sanitizers   the C++ tests of kernels and CUDA sources under address and undefined behaviour
 operators    tests/ops, in Python, on a library built with the same two sanitizers
-threads      kernels in threads, random shapes (`--seed`) and events, under ThreadSanitizer; torch
-             itself is not built with it, so that tests in Python would report its threads
+threads      every kernel in threads of our own, random shapes (`--seed`) and events among them,
+             under ThreadSanitizer; torch itself is not built with it, so that tests in Python would
+             report its threads, and what the operators do around the kernels is left out
 valgrind     the step's events under valgrind
 service      the example service killed, its Redis gone and back, its SQLite file damaged
 streaming    ten million events of one user, two thousand random shapes (`--seed`)
@@ -79,11 +80,11 @@ def shapes_of(said: str) -> str:
     return f"{int(found[1]):,} checks of random shapes"
 
 
-def streams_of(said: str) -> str:
-    """The count of test_stream."""
+def comparisons_of(said: str, what: str) -> str:
+    """The count of test_stream and test_threads."""
     found = len(re.findall(r"^ok\b", said, re.MULTILINE))
-    assert found, "test_stream must say what it compared"
-    return f"{found} comparisons of streams"
+    assert found, "the test must say what it compared"
+    return f"{found} comparisons of {what}"
 
 
 def sanitizers(seed: int) -> str:
@@ -91,10 +92,17 @@ def sanitizers(seed: int) -> str:
 
 
 def threads(seed: int) -> str:
-    folder = configured("thread", "thread", "test_shapes", "test_stream")
-    events = run(folder / "test_stream", "300", RECGRELA_CPU_LEVEL="baseline")
-    said = run(folder / "test_shapes", "random", "60", str(seed), RECGRELA_CPU_LEVEL="baseline")
-    return f"{streams_of(events)}, {shapes_of(said)}, no report"
+    folder = configured("thread", "thread", "test_shapes", "test_stream", "test_threads")
+
+    def at_baseline(program: str, *options: str) -> str:
+        return run(folder / program, *options, RECGRELA_CPU_LEVEL="baseline")
+
+    found = (
+        comparisons_of(at_baseline("test_stream", "300"), "streams"),
+        shapes_of(at_baseline("test_shapes", "random", "60", str(seed))),
+        comparisons_of(at_baseline("test_threads"), "several threads with one"),
+    )
+    return f"{', '.join(found)}, no report"
 
 
 def valgrind(seed: int) -> str:
@@ -105,7 +113,7 @@ def streaming(seed: int) -> str:
     folder = configured("cmake", "OFF", "test_stream", "test_shapes")
     events = run(folder / "test_stream", "10000000")
     said = run(folder / "test_shapes", "random", "2000", str(seed))
-    return f"{streams_of(events)}, {shapes_of(said)}"
+    return f"{comparisons_of(events, 'streams')}, {shapes_of(said)}"
 
 
 def operators(seed: int) -> str:
@@ -147,7 +155,11 @@ def service(seed: int) -> str:
 CHECKS: dict[str, tuple[str, Callable[[int], str]]] = {
     "sanitizers": ("C++ tests, CUDA sources on the host: AddressSanitizer, UBSan", sanitizers),
     "operators": ("tests/ops in Python: AddressSanitizer, UBSan", operators),
-    "threads": ("kernels in threads: ThreadSanitizer", threads),
+    "threads": (
+        "every CPU kernel in threads, plain C++ as for a machine without AVX, without the"
+        " operators around them: ThreadSanitizer",
+        threads,
+    ),
     "valgrind": ("300 events through every kind of step: valgrind", valgrind),
     "service": ("the example service: kills, Redis gone and back, damaged files", service),
     "streaming": ("ten million events of a user, 2,000 random shapes", streaming),
