@@ -168,7 +168,9 @@ def encoder_step(
             "encoder_step: inputs must not require a gradient, the state is updated in place; "
             "call it under torch.no_grad()"
         )
-    return encoder_step_unchecked(item_vectors, packed_weights, state, active)
+    active = None if active is None else active.contiguous()
+    state = rows, position.contiguous()
+    return encoder_step_unchecked(item_vectors.contiguous(), packed_weights, state, active)
 
 
 def encoder_step_unchecked(

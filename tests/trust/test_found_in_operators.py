@@ -146,6 +146,23 @@ def test_items_in_any_layout() -> None:
             assert torch.equal(found, wanted)
 
 
+def test_a_step_takes_arguments_in_any_layout() -> None:
+    torch.manual_seed(0)
+    model = RecGRELA(RecGRELAConfig(n_items=9, hidden_size=16, num_layers=1, num_heads=1)).eval()
+    packed = model.encoder.packed_weights()
+    assert packed is not None
+    vectors, positions = torch.randn(16, 3).t(), torch.arange(6)[::2]
+    active = torch.tensor([True]).expand(3)
+    found = []
+    for dense in (False, True):
+        state = torch.zeros(3, packed.state_size)
+        given = (vectors, positions, active)
+        x, position, chosen = (t.contiguous() if dense else t for t in given)
+        with torch.no_grad():
+            found.append((ops.encoder_step(x, packed, (state, position), chosen), state))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_vmap_over_lengths_and_over_histories() -> None:
     torch.manual_seed(0)
     rows = torch.randn(3, 2, 5, 2, 8)
