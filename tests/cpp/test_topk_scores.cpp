@@ -5,10 +5,10 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "level.h"
 
 using namespace recgrela;
 
@@ -65,12 +65,7 @@ bool agrees(int64_t users, int64_t items, int64_t width, int64_t k, int64_t seen
 }  // namespace
 
 int main() {
-  try {
-    kernels();
-  } catch (const std::invalid_argument& error) {
-    std::printf("%s\n", error.what());
-    return 77;
-  }
+  if (!has_level()) return kSkipped;
   int failures = 0;
   for (int64_t users : {1, 3, 8, 33, 600}) {
     for (int64_t items : {1, 5, 240, 500}) {
