@@ -17,8 +17,9 @@ class UserTimes:
     def __init__(self) -> None:
         self._code_of: dict[Any, int] = {}
         self._count = np.empty(0, np.int64)
-        self._first, self._last, self._sum = np.empty(0), np.empty(0), np.empty(0)
-        self._origin: float | None = None  # of the sums, which would lose digits otherwise
+        self._last, self._sum = np.empty(0), np.empty(0)
+        self._begin = np.inf  # of all users
+        self._origin = 0.0  # of the sums, which would lose digits otherwise
 
     def add(self, users: Sequence[Any], codes: np.ndarray, time: np.ndarray) -> None:
         """One part: row ``r`` is of ``users[codes[r]]``, or of nobody: code -1, or no text."""
@@ -34,14 +35,14 @@ class UserTimes:
             return
         more = num_users - len(self._count)
         self._count = np.append(self._count, np.zeros(more, np.int64))
-        self._first = np.append(self._first, np.full(more, np.inf))
         self._last = np.append(self._last, np.full(more, -np.inf))
         self._sum = np.append(self._sum, np.zeros(more))
         # NumPy takes ten times as long for columns that it has to convert itself.
         user, time = user.astype(np.intp, copy=False), time.astype(np.float64, copy=False)
-        self._origin = float(time[0]) if self._origin is None else self._origin
+        if self._begin == np.inf:
+            self._origin = float(time[0])
         self._count += np.bincount(user, minlength=num_users)
-        np.minimum.at(self._first, user, time)
+        self._begin = min(self._begin, float(time.min()))
         np.maximum.at(self._last, user, time)
         with np.errstate(all="ignore"):  # times around the largest float, here and below
             self._sum += np.bincount(user, time - self._origin, minlength=num_users)
@@ -53,7 +54,7 @@ class UserTimes:
         if not several.any() or count.sum() - count.max() < _COINCIDENCES:
             return False
         with np.errstate(all="ignore"):
-            begin = self._first[here].min()
+            begin = self._begin
             steps = self._last[here] - begin
             step = (steps[several] / (count[several] - 1)).min()
             total = self._sum[here] - count * (begin - self._origin)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library, ops
+from ..ops.checks import values_are_there
 
 _LOWEST = torch.iinfo(torch.int64).min
 
@@ -41,6 +42,5 @@ def draw_seed() -> int:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether an operator that draws numbers may run on x now."""
-    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
-        return False  # a number drawn now would become a constant, or cannot be drawn
-    return x.device.type == "cpu" and _library.has_kernels(x.device)
+    # In a graph a number drawn now would become a constant, or cannot be drawn.
+    return values_are_there(x) and _library.has_kernels(x.device)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .. import _library, ops
 from ..errors import shown
-from ..ops.checks import check_bias, check_bias_values
+from ..ops.checks import check_bias, check_bias_values, values_are_there
 from .softmax_chunks import Scorer, class_range, default_chunk_rows, loss_and_gradients
 
 _TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
@@ -101,9 +101,7 @@ def softmax_loss(
 
 def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
     """Whether `ops.softmax_loss` is the faster way: a tile of rows for every thread at once."""
-    if torch.compiler.is_compiling() or isinstance(hidden, torch._subclasses.FakeTensor):
-        return False
-    if hidden.device.type != "cpu" or not _library.has_kernels(hidden.device):
+    if not values_are_there(hidden) or not _library.has_kernels(hidden.device):
         return False
     if _autocast_factors("cpu") is not None:
         return False
