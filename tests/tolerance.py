@@ -6,9 +6,11 @@ result within a group:
     outputs, gradients of rows    one row (b, t, h), over its D values (D = 2: one sequence's head)
     gradients of parameters       the whole tensor: they are sums over all rows
 
-The gradients of q, k and the parameters are sums that may cancel to nothing: with one key out = v
-whatever q is (up to eps), so at the first position rounding is all that is left of dq. Their scale
-is the magnitude of what is added up (``terms`` in tests/ops/exact.py).
+Where what is added up may cancel to nothing, the scale is the magnitude of what is added up
+(``terms`` in tests/ops/exact.py). With one key out = v whatever q is (up to eps), so at the first
+position rounding is all that is left of dq; the same holds for dk and the parameters. The attention
+and the rank augmentation cancel within one item of a row, which a large gate then makes the largest
+of the row.
 
 States and their gradients are held to the rule for two views of one history, with the scale of one
 head of kv or one row of k_sum and conv.

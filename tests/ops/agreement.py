@@ -29,7 +29,7 @@ def assert_agrees(problem: Problem, operator: Callable[..., Any], backward: bool
         if name == "final position":
             assert x.tolist() == wanted.outputs[name].tolist()
         else:
-            _compare(name, x, plain[name], wanted.outputs[name])
+            _compare(name, x, plain[name], wanted.outputs[name], wanted.terms.get(name))
     if not backward:
         return
     found, plain = _on_cpu(gradients(problem, operator)), gradients(host, reference.gated_rela)

@@ -39,8 +39,9 @@ def exact(problem: Problem, grads: dict[str, Tensor] | None = None) -> Exact:
 
 
 class Exact:
-    """Results by name as float64 tensors: ``outputs``, ``gradients``, and for the gradients of q,
-    k and the parameters ``terms``: the magnitudes of what is added up, before it cancels.
+    """Results by name as float64 tensors: ``outputs``, ``gradients``, and for out and the gradients
+    of q, k, the gate and the parameters ``terms``: the magnitudes of what is added up, before it
+    cancels. "out" and "gate" add the attention and the rank augmentation.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -52,8 +53,8 @@ class Exact:
         wide = torch.float64
         self.outputs: dict[str, Tensor] = {"out": torch.zeros(p.q.shape, dtype=wide)}
         self.gradients = {n: torch.zeros(x.shape, dtype=wide) for n, x in p.leaves().items()}
-        named = {n: x for n, x in p.leaves().items() if n in ("q", "k", *PARAMETERS)}
-        self.terms = {n: torch.zeros(x.shape, dtype=wide) for n, x in named.items()}
+        named = {n: x for n, x in p.leaves().items() if n in ("q", "k", "gate", *PARAMETERS)}
+        self.terms = {n: torch.zeros(x.shape, dtype=wide) for n, x in {"out": p.q, **named}.items()}
         if p.return_final_state:
             self.outputs["final kv"] = torch.zeros(B, H, D, D, dtype=wide)
             self.outputs["final k_sum"] = torch.zeros(B, H, D, dtype=wide)
@@ -64,6 +65,7 @@ class Exact:
         one = _Sequence(self, b, index, n)
         one.forward()
         self.outputs["out"][index] = _tensor(one.y)
+        self.terms["out"][index] = _tensor(one.y_terms)
         if self.problem.return_final_state:
             finals = (one.kv, one.k_sum, one.values[n:])
             for name, x in zip(("final kv", "final k_sum", "final conv"), finals, strict=True):
@@ -139,9 +141,10 @@ class _Sequence:
             for j in range(self.W):
                 self.pre += self.weight[:, :, j] * self.values[j : j + self.n]
             self.augmented = _silu(self.pre)
-        self.y = self.out + self.augmented
-        if self.gate is not None:
-            self.y = self.y * _silu(self.gate)
+        factor = self.wide(1) if self.gate is None else _silu(self.gate)
+        self.y = (self.out + self.augmented) * factor
+        self.summands = abs(self.out) + abs(self.augmented)
+        self.y_terms = self.summands * abs(factor)
 
     def states(self) -> Any:
         """(t, S, z) as item t sees them."""
@@ -167,7 +170,9 @@ class _Sequence:
         found = {name: np.zeros_like(self.v) for name in ("q", "k", "v")}
         terms = {name: np.zeros_like(self.v) for name in ("q", "k")}
         if self.gate is not None:
-            found["gate"] = dy * (self.out + self.augmented) * _silu_slope(self.gate)
+            slope = dy * _silu_slope(self.gate)
+            found["gate"] = slope * (self.out + self.augmented)
+            terms["gate"] = abs(slope) * self.summands
 
         for t, S, z in self.states():
             turned = self.rotate(np.einsum("hde,he->hd", S, dnum[t]), t, -1)

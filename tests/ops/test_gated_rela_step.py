@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "convolution of width 6": {"W": 6},
     "large eps": {"eps": 0.3},
     "one user": {"B": 1},
+    "many users, wide heads": {"B": 300, "L": 2, "D": 64},
 }
 
 
