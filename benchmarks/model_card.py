@@ -30,8 +30,8 @@ TAIL = """\
 **Read the figures with care.** NDCG@10 among all items, one held-out item a user, or all later ones
 where the split is by time. An order or a split makes another test: rows of different tables say
 nothing about each other. ML-1M's ties in time leak the file's order, so both orders are given. A
-repeat bias is a mechanism of the benchmarks, not of the package, that any model can have; the table
-gives it to all.
+repeat bias (`RecGRELAConfig(repeat_bias=True)`) is nothing of this model's own: any can have it,
+and the table gives it to all.
 
 **Cost.** Processor time of one thread; wall times are of shared machines."""
 

@@ -221,7 +221,7 @@ def create_app(model: RecGRELA, storage: Storage) -> FastAPI:
         blob = storage.read(user)
         state, seen = user_of(blob)
         size = 0 if blob is None else len(blob)
-        return {"events": int(state.position[0]), "items": len(seen.ids(0)), "bytes": size}
+        return {"events": int(state.position[0]), "items": len(seen.recent(0)), "bytes": size}
 
     @app.get("/recommend")
     def recommend(user: str, k: int = 10) -> dict[str, list[int] | list[float]]:

@@ -8,7 +8,8 @@
 
 All three take (item_seq [B, L], item_seq_len [B]) int64, right-padded, any B and L, and return
 hidden [B, hidden_size] of the model's dtype, compared with the model's own before the function
-returns. The model keeps its modes, training or evaluation.
+returns; a repeat bias is part of scores, and in none of them. The model keeps its modes, training
+or evaluation.
 """
 
 from __future__ import annotations

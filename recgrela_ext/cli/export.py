@@ -40,6 +40,13 @@ def run(options: argparse.Namespace) -> None:
                 "A process that loads it must first `import recgrela_ext.ops`, which registers "
                 "the operators it calls."
             )
+    if model.repeat_bias is not None:
+        print(
+            "The model has a repeat bias, which is in none of these files' products: lists without "
+            "seen items are right as they are; for others add the nine numbers of repeat_bias, in "
+            "the file beside --item-vectors, to the scores of the items met last, second to last, "
+            "3rd to 4th, 5th to 8th and so on, the last number beyond the 128th."
+        )
     if options.item_vectors is not None:
         names = write_item_vectors(model, Path(options.item_vectors))
         print(
@@ -65,9 +72,11 @@ def write_item_vectors(model: RecGRELA, path: Path) -> Path:
     titles = model.id_map.item_titles
     raw = model.id_map.item_ids.tolist()
     names = _names_of(path)
+    bias = model.repeat_bias
     content = {
         "item_ids": raw,
         "item_titles": None if titles is None else [titles.get(one) for one in raw],
+        "repeat_bias": None if bias is None else bias.ranked(2 ** torch.arange(9)).tolist(),
     }
     names.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     return names

@@ -205,6 +205,13 @@ def _add_model(group: Any) -> None:
     group.add_argument("--max-seq-len", type=_whole, metavar="N", help="items read; default 200")
     group.add_argument("--dropout", type=_number, metavar="P", help="default 0.1")
     group.add_argument("--drop-path", type=_number, metavar="P", help="default 0.1")
+    group.add_argument(
+        "--repeat-bias",
+        action="store_true",
+        default=None,
+        help="learn nine numbers that are added to the scores of items a user has met, by how "
+        "recently; not in the paper",
+    )
 
 
 def _add_recipe(group: Any) -> None:

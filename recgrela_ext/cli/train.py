@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from recgrela_ext.training import FitResult, TrainConfig
 
 CHECKPOINTS = "checkpoints"
-_MODEL = ("hidden_size", "num_layers", "num_heads", "max_seq_len", "dropout", "drop_path")
+_MODEL = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "max_seq_len",
+    "dropout",
+    "drop_path",
+    "repeat_bias",
+)
 _RECIPE = (
     "lr",
     "weight_decay",

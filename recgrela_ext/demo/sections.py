@@ -16,7 +16,6 @@ from recgrela_ext.evaluation import Markov, Popularity, Scorer, format_table
 
 LIST = 10
 _TITLE = 52
-_MANY_REPEATS = 0.01
 _CANDIDATES = 200
 
 
@@ -101,9 +100,7 @@ def stream(model: RecGRELA, test: Targets, user: int, guest: int, count: int) ->
     print(f"(what user {test.id_map.user_ids[guest]}, of another taste, did last)")
     item_seq = torch.from_numpy(history.astype(np.int64))[None]
     state = model.prefill(item_seq)
-    share = model.config.repeat_share
-    repeats = share is not None and share > _MANY_REPEATS
-    seen = None if repeats else SeenItems.from_sequences(item_seq)
+    seen = SeenItems.from_sequences(item_seq)
     lists, seconds = [_list(model, state, seen)], []
     print(f"{'':4}{'event':<{_TITLE}}  first on the list afterwards")
     for number, row in enumerate(events.tolist(), start=1):
@@ -111,8 +108,7 @@ def stream(model: RecGRELA, test: Targets, user: int, guest: int, count: int) ->
         start = time.perf_counter()
         model.step(item, state)
         seconds.append(time.perf_counter() - start)
-        if seen is not None:
-            seen.add(item)
+        seen.add(item)
         lists.append(_list(model, state, seen))
         first = _title(test, int(lists[-1][0]))
         print(f"{number:3d} {_title(test, row):<{_TITLE}}  {first}")
@@ -139,9 +135,10 @@ def _print_list(moves: Moves) -> None:
             print(f"  {place:2d}  {moves.titles[row]:<{_TITLE}}  {before or 'new':>4}")
 
 
-def _list(model: RecGRELA, state: Any, seen: SeenItems | None) -> np.ndarray:
+def _list(model: RecGRELA, state: Any, seen: SeenItems) -> np.ndarray:
     """All rows of the catalogue, best first."""
-    return model.recommend_from_state(state, model.config.rows - 1, seen).items[0].numpy()
+    top = model.recommend_from_state(state, model.config.rows - 1, seen, exclude_seen="auto")
+    return top.items[0].numpy()
 
 
 def _whole_history(test: Targets, user: int) -> np.ndarray:

@@ -62,7 +62,8 @@ def rank_targets(
     Args:
         model: a :class:`Scorer`, or a model with ``model(item_seq [B, L], item_seq_len [B]) ->
             [B, hidden]`` and ``model.item_embedding.weight [n_items, hidden]``. It is put in
-            evaluation mode for the pass and back afterwards.
+            evaluation mode for the pass and back afterwards. A repeat bias it may carry is added,
+            by the whole history.
         targets: items to rank and the histories before them.
         max_seq_len: a model reads the last ``max_seq_len`` items of a history; ``None``: the value
             of ``model.config``, and the whole history where that has none. What was *seen* is
@@ -204,21 +205,61 @@ def _rank_model(
     def dot(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (hidden @ rows.to(dtype).T).float()
 
+    histories = [ranking.targets.history(i) for i in range(len(ranking.items))]
+
     def finish(index: np.ndarray, hidden: torch.Tensor) -> None:
         hidden = hidden.to(dtype)
         rows = torch.from_numpy(ranking.items[index]).to(table.device)
         target_score = (hidden * table[rows].to(dtype)).sum(dim=1).float()
+        bias = _HistoryBias(model, [histories[i] for i in index])
+        target_score += bias.of_items(rows)
         starts = range(1, len(table), item_block)
-        blocks = ((at, dot(hidden, table[at : at + item_block])) for at in starts)
+        blocks = ((at, bias.added(at, dot(hidden, table[at : at + item_block]))) for at in starts)
         ranking.add(index, target_score, blocks)
 
-    histories = [ranking.targets.history(i) for i in range(len(ranking.items))]
     waiting: list[tuple[np.ndarray, torch.Tensor]] = []
     for index, hidden in encode_histories(model, histories, max_seq_len, batch_size):
         waiting.append((index, hidden))
         if sum(len(part) for part, _ in waiting) >= user_block:
             _flush(waiting, user_block, finish)
     _flush(waiting, user_block, finish)
+
+
+class _HistoryBias:
+    """What a model with a repeat bias adds to the scores of each history's items: nothing, for any
+    other. The whole history counts, also what the model has not read."""
+
+    def __init__(self, model: Any, histories: list[np.ndarray]) -> None:
+        spans = getattr(getattr(model, "repeat_bias", None), "ranked_spans", None)
+        self.none = spans is None
+        if spans is None:
+            return
+        device = model.item_embedding.weight.device
+        everything = torch.from_numpy(np.concatenate(histories).astype(np.int64)).to(device)
+        ends = torch.tensor([len(history) for history in histories], device=device).cumsum(0)
+        begins = torch.nn.functional.pad(ends[:-1], (1, 0))
+        offsets, items, values = spans(everything, begins, ends)
+        row = torch.arange(len(histories), device=device).repeat_interleave(offsets.diff())
+        self.items, order = items.sort(stable=True)
+        self.row, self.values = row[order], values[order]
+
+    def added(self, start: int, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[b, c]`` of the items from ``start`` on, changed in place."""
+        if not self.none:
+            stop = start + scores.shape[1]
+            bounds = torch.tensor([start, stop], device=self.items.device)
+            low, high = torch.searchsorted(self.items, bounds).tolist()
+            scores[self.row[low:high], self.items[low:high] - start] += self.values[low:high]
+        return scores
+
+    def of_items(self, items: torch.Tensor) -> torch.Tensor | float:
+        """What is added to one item of each history, ``[b]``."""
+        if self.none:
+            return 0.0
+        own = torch.zeros(len(items), device=items.device)
+        hit = items[self.row] == self.items
+        own[self.row[hit]] = self.values[hit]
+        return own
 
 
 def _flush(

@@ -11,6 +11,7 @@ import torch
 from recgrela_ext.arguments import check_same_items, check_whole, is_one_of
 from recgrela_ext.data.sequences import IdMap, Sequences
 from recgrela_ext.errors import DataError, shown
+from recgrela_ext.modes import evaluating
 
 _USERS_PER_BATCH = 64
 _REPEATS_KEEP_SEEN = 0.01  # above this share of repeats "auto" keeps seen items, as the model does
@@ -36,7 +37,7 @@ def recommend_for_users(
     """Top-k lists of users, one after another, best item first.
 
     The model reads the last ``model.config.max_seq_len`` items of a history; the whole history
-    counts as seen. A list is shorter than ``k`` where fewer items are left.
+    counts as seen, and for a repeat bias. A list is shorter than ``k`` where fewer items are left.
 
     Args:
         model: a ``RecGRELA`` for the catalogue of ``sequences``.
@@ -166,24 +167,21 @@ def _top_lists(
 def _batch_lists(
     model: Any, batch: list[np.ndarray], k: int, exclude_seen: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The model reads a window; all of the history was seen."""
     device = model.item_embedding.weight.device
-    lengths = [min(len(history), model.config.max_seq_len) for history in batch]
-    item_seq = np.zeros((len(batch), max(lengths)), np.int64)
-    for row, history, length in zip(item_seq, batch, lengths, strict=True):
-        row[:length] = history[-length:]
-    # The model sees the window alone, so what is older is left out here: ask for enough.
-    seen = [np.unique(history) if exclude_seen else history[:0] for history in batch]
-    places = min(k + max(len(items) for items in seen), model.config.n_items - 1)
-    with torch.inference_mode():
-        top = model.recommend(
-            torch.from_numpy(item_seq).to(device),
-            torch.tensor(lengths, device=device),
-            k=places,
-            exclude_seen=False,
-        )
-    lists = []
+    windows = [history[-model.config.max_seq_len :] for history in batch]
+    lengths = torch.tensor([len(window) for window in windows], device=device)
+    with torch.inference_mode(), evaluating(model):
+        hidden = model(_padded(windows).to(device), lengths)
+        seen = _padded(batch).to(device)
+        top = model.recommend_from_hidden(hidden, k, seen, exclude_seen=exclude_seen)
     pairs = zip(top.items.cpu().numpy(), top.scores.float().cpu().numpy(), strict=True)
-    for (items, scores), known in zip(pairs, seen, strict=True):
-        keep = np.flatnonzero((items != 0) & ~np.isin(items, known))[:k]
-        lists.append((items[keep], scores[keep]))
-    return lists
+    return [(items[items != 0], scores[items != 0]) for items, scores in pairs]
+
+
+def _padded(histories: list[np.ndarray]) -> torch.Tensor:
+    """Right-padded with 0: int64 ``[b, longest]``."""
+    rows = np.zeros((len(histories), max(map(len, histories))), np.int64)
+    for row, history in zip(rows, histories, strict=True):
+        row[: len(history)] = history
+    return torch.from_numpy(rows)

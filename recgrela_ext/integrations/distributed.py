@@ -37,13 +37,14 @@ from recgrela_ext.errors import shown
 from recgrela_ext.integrations import checkpoints
 
 Rows = tuple[Tensor, Tensor | None, Tensor]  # item_seq [B, L], item_seq_len [B], targets [B, L]
-_METHODS = ("encode", "recommend")  # none that forward itself calls
+_METHODS = ("encode", "recommend", "recommend_from_hidden")  # none that forward itself calls
 
 
 def fully_shard_blocks(model: RecGRELA, **options: Any) -> RecGRELA:
     """FSDP2: every block is a group of its own, the item table belongs to the root's.
 
-    Weights are gathered for `model(...)`, with targets for the loss, for `encode` and `recommend`.
+    Weights are gathered for `model(...)`, with targets for the loss, for `encode`, `recommend` and
+    `recommend_from_hidden`.
 
     Args:
         model: changed in place; make the optimizer afterwards.

@@ -33,6 +33,7 @@ class FaissIndex:
         import faiss
 
         self.padding_idx = model.config.padding_idx
+        self._must_know = model.config.repeat_bias
         weight = model.item_embedding.weight.detach().float().cpu()
         self.rows = np.flatnonzero(np.arange(model.config.rows) != self.padding_idx)
         vectors = np.ascontiguousarray(weight.numpy()[self.rows])
@@ -43,9 +44,12 @@ class FaissIndex:
 
     def top_k(self, hidden: Tensor, k: int = 10, seen: Tensor | None = None) -> Recommendations:
         """As `ItemTable.top_k`, approximate: the index is asked for k items and as many more as
-        the longest row of `seen` [B, S] has, then what was seen is taken out."""
+        the longest row of `seen` [B, S] has, then what was seen is taken out. The index knows no
+        repeat bias, so a model that has one must be given `seen`."""
         if k < 1:
             raise ValueError(f"FaissIndex.top_k: k must be at least 1, got {k}")
+        if seen is None and self._must_know:
+            raise ValueError("FaissIndex.top_k: seen must be given for a model with a repeat bias")
         wanted = k if seen is None else k + seen.shape[1]
         queries = np.ascontiguousarray(hidden.detach().float().cpu().numpy())
         found, place = self.index.search(queries, min(wanted, len(self.rows)))

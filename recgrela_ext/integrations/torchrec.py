@@ -57,10 +57,11 @@ class RecGRELA(nn.Module):
     """The causal model without scores of all items; but for the table, weights keep their names.
 
     Args:
-        config: as there; causal, without position embeddings. Row `padding_idx` is never read.
+        config: as there; causal, without position embeddings and repeat bias. Row `padding_idx` is
+            never read.
 
     Raises:
-        ValueError: the configuration is bidirectional or has position embeddings.
+        ValueError: the configuration is bidirectional, has position embeddings or a repeat bias.
         TypeError: it is no RecGRELAConfig.
     """
 
@@ -69,9 +70,10 @@ class RecGRELA(nn.Module):
         if not isinstance(config, RecGRELAConfig):
             got = type(config).__name__
             raise TypeError(f"RecGRELA: config must be a RecGRELAConfig, got {got}")
-        if not config.causal or config.position != "none":
+        if not config.causal or config.position != "none" or config.repeat_bias:
             raise ValueError(
-                f"RecGRELA: config must be causal with position='none', got {config.variant!r}"
+                "RecGRELA: config must be causal with position='none' and without repeat_bias, "
+                f"got {config.variant!r}"
             )
         self.config = config
         width, std = config.hidden_size, config.initializer_range

@@ -41,6 +41,7 @@ _FLAGS = (
     "gate",
     "rank_augmentation",
     "v_projection",
+    "repeat_bias",
 )
 
 
@@ -56,6 +57,10 @@ class RecGRELAConfig:
     `position="learned" | "sinusoidal"`, `v_projection=True`, `drop_path=0.0`, and the pair
     `gate_activation`, `mlp_activation`. `selector="balance"` weighs the two branches with
     sigmoid(gate) and 1 - sigmoid(gate) instead of gating their sum.
+
+    `repeat_bias=True` adds a learned number to the score of each item the user has met, by how
+    recently (`model.repeat_bias`; causal models alone; not in the paper). The loss then takes time
+    and memory that grow with the square of the window.
 
     `max_seq_len` is the window used for training and evaluation; the causal model also takes longer
     input (learned positions repeat their last row beyond it). `repeat_share` is a fact about the
@@ -89,6 +94,7 @@ class RecGRELAConfig:
     selector: str = "silu"
     gate_activation: str = "silu"
     mlp_activation: str = "gelu"
+    repeat_bias: bool = False
     initializer_range: float = 0.02
     eps: float = 1e-6
     repeat_share: float | None = None
@@ -158,6 +164,10 @@ class RecGRELAConfig:
             raise ValueError(
                 "RecGRELAConfig: attend_padding must be False for a causal model, got True "
                 "(it exists for the published bidirectional one, causal=False)"
+            )
+        if self.repeat_bias and not self.causal:
+            raise ValueError(
+                "RecGRELAConfig: repeat_bias must be False for a bidirectional model, got True"
             )
         if self.published_single_layer and self.num_layers != 1:
             raise ValueError(
@@ -250,6 +260,8 @@ class RecGRELAConfig:
         """JSON-ready fields and the version of this layout; `from_dict` reads it back."""
         fields = dataclasses.asdict(self)
         fields.pop("num_items")
+        if not self.repeat_bias:  # as in files and fingerprints from before there was one
+            fields.pop("repeat_bias")
         return {"version": CONFIG_VERSION, **fields}
 
     @classmethod

@@ -226,6 +226,23 @@ def check_packed(caller: str, config: RecGRELAConfig, items: Tensor, cu_seqlens:
         )
 
 
+def check_packed_targets(
+    caller: str, config: RecGRELAConfig, targets: Tensor, items: Tensor
+) -> None:
+    """One target for every packed row, of a causal model; their values on the CPU alone."""
+    if not config.causal:
+        raise ValueError(f"{caller}: model must be causal, got one that sees later items")
+    got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+    if got != torch.int64:
+        raise TypeError(f"{caller}: targets must be int64 in a tensor, got {got}")
+    check_tensor(caller, "targets", targets)
+    if isinstance(items, Tensor) and targets.shape != items.shape:
+        raise ValueError(
+            f"{caller}: targets must be {list(items.shape)} as item_ids, got {list(targets.shape)}"
+        )
+    check_ids(caller, "targets", config, targets)
+
+
 def packed_positions(items: Tensor, cu_seqlens: Tensor, config: RecGRELAConfig) -> Tensor | None:
     """Position of each packed row in its sequence [T], where the model has position embeddings."""
     if config.position == "none":

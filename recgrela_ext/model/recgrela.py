@@ -1,6 +1,6 @@
 """The RecGRELA model (arXiv 2506.13315): item table, GRELA encoder, tied scores.
 
-x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T
+x = LN(Dropout(E[item])),  hidden = encoder(x),  scores = hidden . E^T (+ repeat_bias.py)
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
 from ..layers.watch import Derived
 from ..modes import evaluating
+from ..ops import LogitBias
+from ..ops.checks import check_tensor
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
-from .retrieval import ItemTable, Recommendations, top_k
+from .repeat_bias import RepeatBias, by_recency
+from .retrieval import ItemTable, Recommendations, check_lists, top_k, top_k_biased
 from .seen import SeenItems
 from .state import StateLayout, UserState
 
@@ -68,6 +71,7 @@ class RecGRELA(nn.Module):
             final_norm=config.final_norm,
             **config.block_options(),
         )
+        self.repeat_bias = RepeatBias() if config.repeat_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -222,21 +226,52 @@ class RecGRELA(nn.Module):
         config = self.config
         batch = self._read("loss", item_seq, item_seq_len, padding_side)
         targets = inputs.read_targets("RecGRELA.loss", config, targets, batch)
-        table = self.item_embedding.weight
+        bias = None
         if targets.dim() == 1:
-            hidden, wanted = self._last_hidden(batch), targets
-        elif self._worth_packing(batch):
+            if self.repeat_bias is not None:
+                L = batch.items.shape[1]
+                begin = L * torch.arange(len(batch.items), device=targets.device)
+                end = torch.where(targets == config.padding_idx, begin, begin + batch.lengths)
+                bias = self.repeat_bias.of_spans(batch.items.flatten().long(), begin, end)
+            return self._softmax_loss(self._last_hidden(batch), targets, bias)
+        if self._worth_packing(batch):
             bounds = F.pad(batch.lengths.cumsum(0), (1, 0))
-            hidden = self.encode_packed(batch.items[batch.real], bounds)
-            wanted = targets[batch.real]
-        else:
-            hidden, wanted = self._hidden(batch).flatten(0, 1), targets.flatten()
+            return self.loss_packed(batch.items[batch.real], bounds, targets[batch.real])
+        items, targets = batch.items.flatten(), targets.flatten()
+        hidden = self._hidden(batch).flatten(0, 1)
+        if self.repeat_bias is not None:
+            B, L = batch.items.shape
+            bounds = L * torch.arange(B + 1, device=items.device)
+            bias = self.repeat_bias.of_windows(items.long(), bounds, targets, config.padding_idx)
+        return self._softmax_loss(hidden, targets, bias)
+
+    def loss_packed(self, item_ids: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Tensor:
+        """`loss` of sequences laid end to end, without padding.
+
+        Args:
+            item_ids, cu_seqlens: as `encode_packed`.
+            targets: [T] int64, the next item of each position, `padding_idx` where there is none.
+
+        Raises:
+            ValueError, TypeError: as `encode_packed`; targets that are no rows of the item table; a
+                bidirectional model, which would see them.
+        """
+        inputs.check_packed_targets("RecGRELA.loss_packed", self.config, targets, item_ids)
+        hidden = self.encode_packed(item_ids, cu_seqlens)
+        bias = None
+        if self.repeat_bias is not None:
+            pad = self.config.padding_idx
+            bias = self.repeat_bias.of_windows(item_ids.long(), cu_seqlens, targets, pad)
+        return self._softmax_loss(hidden, targets, bias)
+
+    def _softmax_loss(self, hidden: Tensor, targets: Tensor, bias: LogitBias | None) -> Tensor:
         return softmax_loss(
             hidden,
-            table,
-            wanted,
-            ignore_index=config.padding_idx,
-            exclude_padding_class=not config.attend_padding,
+            self.item_embedding.weight,
+            targets,
+            ignore_index=self.config.padding_idx,
+            exclude_padding_class=not self.config.attend_padding,
+            bias=bias,
         )
 
     def _worth_packing(self, batch: inputs.Batch) -> bool:
@@ -249,7 +284,8 @@ class RecGRELA(nn.Module):
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> scores of all rows [..., n_items]; the padding row is -inf.
 
-        (In the published variant, `attend_padding=True`, that row is scored like any other.)
+        (In the published variant, `attend_padding=True`, that row is scored like any other.) A
+        repeat bias is not in them, as it takes the history: `recommend` adds it.
         """
         scores = F.linear(hidden, self.item_embedding.weight)
         if self.config.attend_padding:
@@ -289,7 +325,42 @@ class RecGRELA(nn.Module):
         batch = self._read("recommend", item_seq, item_seq_len, padding_side)
         with evaluating(self):
             hidden = self._last_hidden(batch)
-        return self._top_k(hidden, k, batch.items if exclude else None, candidates, table)
+        return self._top_k(hidden, k, batch.items, exclude, candidates, table)
+
+    @torch.no_grad()
+    def recommend_from_hidden(
+        self,
+        hidden: Tensor,
+        k: int = 10,
+        seen: SeenItems | Tensor | None = None,
+        candidates: Tensor | None = None,
+        table: ItemTable | None = None,
+        exclude_seen: bool | str | None = None,
+    ) -> Recommendations:
+        """The k best next items after hidden states [B, hidden_size], as `recommend`.
+
+        Args:
+            k, candidates, table: as there.
+            seen: what each user has met: a `SeenItems`, or histories [B, S], oldest first, filled
+                up with padding. None: nothing is left out, which a repeat bias does not allow.
+            exclude_seen: leave `seen` out; False: it stays in, with its repeat bias if the model
+                has one; "auto" as in `recommend`. None: "auto" with a repeat bias, else True.
+
+        Raises:
+            ValueError, TypeError: as `recommend`; a model with a repeat bias and no `seen`.
+        """
+        if exclude_seen is None:
+            exclude_seen = True if self.repeat_bias is None else "auto"
+        exclude = self._excludes(exclude_seen)
+        if seen is None and self.repeat_bias is not None:
+            raise ValueError(
+                "RecGRELA.recommend: seen must be given to a model with a repeat bias, as scores "
+                "depend on it, also where it stays in (exclude_seen=False); got None"
+            )
+        if isinstance(seen, SeenItems):
+            check_tensor("RecGRELA.recommend", "hidden", hidden)
+            seen = seen.padded(self.config.padding_idx, hidden.device)
+        return self._top_k(hidden, k, seen, exclude, candidates, table)
 
     def _excludes(self, exclude_seen: bool | str) -> bool:
         if isinstance(exclude_seen, str) and exclude_seen == "auto":
@@ -307,22 +378,30 @@ class RecGRELA(nn.Module):
         hidden: Tensor,
         k: int,
         seen: Tensor | None,
+        exclude: bool,
         candidates: Tensor | None,
         table: ItemTable | None,
     ) -> Recommendations:
+        vectors, scale, padding = self.item_embedding.weight, None, self.config.padding_idx
         if table is not None:
             if not isinstance(table, ItemTable):
                 got = type(table).__name__
                 raise TypeError(f"RecGRELA.recommend: table must be an ItemTable, got {got}")
             table.check(self, "RecGRELA.recommend")
-            return table.top_k(hidden, k, seen, candidates)
-        weight = self.item_embedding.weight
-        if weight.shape[0] != self.config.rows:
+            vectors, scale = table.vectors, table.scale
+        elif vectors.shape[0] != self.config.rows:
             raise ValueError(
                 f"RecGRELA.recommend: item_embedding must have the {self.config.rows} rows of the "
-                f"config, got {weight.shape[0]}"
+                f"config, got {vectors.shape[0]}"
             )
-        return top_k(hidden, weight, k, self.config.padding_idx, seen, candidates)
+        if self.repeat_bias is None or exclude or seen is None:
+            return top_k(hidden, vectors, k, padding, seen if exclude else None, candidates, scale)
+        check_lists(hidden, vectors, k, seen, candidates)
+        seen = seen.to(torch.int64)
+        known = (seen >= 0) & (seen < len(vectors))  # others are passed over, as by `top_k`
+        recent = by_recency(torch.where(known, seen, padding), padding)
+        bias = self.repeat_bias.ranked(torch.arange(1, recent.shape[1] + 1, device=recent.device))
+        return top_k_biased(hidden, vectors, k, padding, recent, bias, candidates, scale)
 
     # streaming
 
@@ -399,16 +478,16 @@ class RecGRELA(nn.Module):
         seen: SeenItems | Tensor | None = None,
         candidates: Tensor | None = None,
         table: ItemTable | None = None,
+        exclude_seen: bool | str | None = None,
     ) -> Recommendations:
-        """The k best next items after everything `state` has read, as `recommend`.
+        """The k best next items after everything `state` has read, as `recommend_from_hidden`: a
+        state holds no ids, so that what was seen comes beside it.
 
-        A state holds no ids: what is to be left out comes in `seen`, a `SeenItems` or item rows
-        [B, S] filled up with padding; None leaves nothing out.
+        Raises:
+            ValueError, TypeError: as there; a state of another model.
         """
         streaming.check_state(self, "RecGRELA.recommend_from_state", state)
-        if isinstance(seen, SeenItems):
-            seen = seen.padded(self.config.padding_idx, state.buffer.device)
-        return self._top_k(state.hidden, k, seen, candidates, table)
+        return self.recommend_from_hidden(state.hidden, k, seen, candidates, table, exclude_seen)
 
     def fingerprint(self) -> bytes:
         """16 bytes that depend on the weights and on the configuration, training options apart.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_ELEMENTS = 1 << 22  # of seen items' vectors, gathered at once
 
 
 class Recommendations(NamedTuple):
@@ -50,6 +51,7 @@ class ItemTable:
         weight = model.item_embedding.weight.detach()
         self.fingerprint = model.fingerprint()
         self.padding_idx = model.config.padding_idx
+        self._must_know = model.config.repeat_bias
         self.scale: Tensor | None = None
         if found == torch.int8:
             self.scale = weight.abs().amax(1).float() / 127
@@ -71,7 +73,10 @@ class ItemTable:
         seen: Tensor | None = None,
         candidates: Tensor | None = None,
     ) -> Recommendations:
-        """As `recommend`, for hidden states [B, hidden_size]."""
+        """As `ops.topk_scores`, for hidden states [B, hidden_size]. With a repeat bias lists are
+        those of `recommend_from_hidden(table=...)`, or without what was seen."""
+        if seen is None and self._must_know:
+            raise ValueError("ItemTable.top_k: seen must be given for a model with a repeat bias")
         return top_k(hidden, self.vectors, k, self.padding_idx, seen, candidates, self.scale)
 
     def check(self, model: RecGRELA, caller: str) -> None:
@@ -100,16 +105,65 @@ def top_k(
         candidates: rank these rows alone, [C] for all users or [B, C]; filled up with
             `padding_idx`, repetitions count once.
     """
-    _check(hidden, table, k, seen, candidates)
+    check_lists(hidden, table, k, seen, candidates)
     seen, candidates = (None if x is None else x.contiguous() for x in (seen, candidates))
     with torch.no_grad():
         scores, items = ops.topk_scores(hidden, table, k, padding_idx, scale, seen, candidates)
     return Recommendations(items, scores)
 
 
-def _check(
+def top_k_biased(
+    hidden: Tensor,
+    table: Tensor,
+    k: int,
+    padding_idx: int,
+    recent: Tensor,
+    bias: Tensor,
+    candidates: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Recommendations:
+    """`top_k` with `bias` [S] added to the scores of the items `recent` [B, S].
+
+    The unseen are ranked as ever; the seen, few beside the catalogue, are scored one by one.
+    """
+    unseen = top_k(hidden, table, k, padding_idx, recent, candidates, scale)
+    if not recent.numel():
+        return unseen
+    recent = recent.to(torch.int64)
+    dtype = unseen.scores.dtype
+    step = max(1, _ELEMENTS // (recent.shape[1] * table.shape[1]))
+    parts = []
+    with torch.no_grad():
+        for users, rows in zip(hidden.to(dtype).split(step), recent.split(step), strict=True):
+            vectors = table[rows].to(dtype)
+            if scale is not None:
+                vectors = vectors * scale[rows].unsqueeze(-1)
+            parts.append((vectors * users[:, None]).sum(-1) + bias.to(dtype))
+        scores = torch.cat(parts)
+        barred = (recent == padding_idx) | scores.isnan()
+        if candidates is not None:
+            barred |= ~_among(candidates.to(torch.int64), recent)
+        # Of equal scores the smaller row comes first.
+        items, order = torch.cat((unseen.items, recent), 1).sort(dim=1, stable=True)
+        scores = torch.cat((unseen.scores, scores.masked_fill(barred, -torch.inf)), 1)
+        scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+        scores, items = scores[:, :k], items.gather(1, best)[:, :k]
+    return Recommendations(items.masked_fill(scores == -torch.inf, padding_idx), scores)
+
+
+def _among(candidates: Tensor, items: Tensor) -> Tensor:
+    """bool [B, S]: which of items [B, S] are in candidates [C] or [B, C]."""
+    if not candidates.numel():
+        return torch.zeros_like(items, dtype=torch.bool)
+    listed = candidates.sort(-1).values.contiguous()
+    place = torch.searchsorted(listed, items.contiguous()).clamp_(max=listed.shape[-1] - 1)
+    return (listed[place] if listed.dim() == 1 else listed.gather(1, place)) == items
+
+
+def check_lists(
     hidden: Tensor, table: Tensor, k: int, seen: Tensor | None, candidates: Tensor | None
 ) -> None:
+    """ValueError or TypeError for what `top_k` could not rank."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"recommend: k must be an int of at least 1, got {shown(k)}")
     check_tensor("recommend", "hidden", hidden)

@@ -1,4 +1,4 @@
-"""Which items each user has seen: kept beside a `UserState`, which holds no ids."""
+"""What each user has seen, the latest last: kept beside a `UserState`, which holds no ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OFFSET = struct.Struct("<I")
 
 
 class SeenItems:
-    """Per user the sorted, distinct item rows seen so far, int32.
+    """Per user the distinct item rows seen so far, int32, in the order in which they were last met.
 
     `seen[i:j]` shares its users with `seen`. Not thread-safe.
     """
@@ -35,7 +35,8 @@ class SeenItems:
 
     @classmethod
     def from_lists(cls, items: Iterable[Sequence[int] | np.ndarray]) -> SeenItems:
-        """One user for every sequence of item rows; ValueError or TypeError for other values."""
+        """One user for every sequence of item rows, oldest first; ValueError or TypeError for other
+        values."""
         caller = "SeenItems.from_lists"
         if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
             raise TypeError(f"{caller}: items must be a list per user, got {shown(items)}")
@@ -47,7 +48,7 @@ class SeenItems:
                     f"{caller}: items must be a list [n] per user, got {shown(values)}"
                 )
             _check_rows(caller, row)
-            seen._users.append(_User(_sorted(row)))
+            seen._users.append(_User(_last_of_each(row.astype(np.int32))))
         return seen
 
     @classmethod
@@ -83,8 +84,8 @@ class SeenItems:
         return cls.from_lists(row[:n] for row, n in zip(rows, lengths, strict=True))
 
     @classmethod
-    def of_sorted(cls, ids: Iterable[np.ndarray]) -> SeenItems:
-        """One user for every array of sorted, distinct int32 rows, which is taken as it is."""
+    def of_recent(cls, ids: Iterable[np.ndarray]) -> SeenItems:
+        """One user for every array as `recent` returns it, which is taken as it is."""
         seen = cls(0)
         seen._users = [_User(row) for row in ids]
         return seen
@@ -115,7 +116,8 @@ class SeenItems:
         return whole
 
     def add(self, items: Tensor | np.ndarray | Sequence[int], padding_idx: int = 0) -> None:
-        """One more item [B], or several [B, n], per user; the padding item adds nothing."""
+        """One more item [B], or several [B, n] in their order, per user; the padding item adds
+        nothing."""
         new = as_array(items, "SeenItems.add", "items")
         if new.ndim not in (1, 2) or new.shape[0] != len(self):
             raise ValueError(
@@ -124,18 +126,23 @@ class SeenItems:
             )
         _check_rows("SeenItems.add", new)
         for user, row in zip(self._users, new.reshape(len(self), -1), strict=True):
-            user.add(_sorted(row[row != padding_idx]))
+            user.add(row[row != padding_idx].astype(np.int32))
 
     def ids(self, i: int) -> np.ndarray:
         """Sorted item rows of user `i`, int32, read-only."""
+        return _read_only(np.sort(self._user("SeenItems.ids", i).ids))
+
+    def recent(self, i: int) -> np.ndarray:
+        """Item rows of user `i`, the one met last at the end, int32, read-only."""
+        return _read_only(self._user("SeenItems.recent", i).ids.view())
+
+    def _user(self, caller: str, i: int) -> _User:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"SeenItems.ids: i must be below {len(self)} users, got {i}")
-        ids = self._users[i].ids.view()
-        ids.flags.writeable = False
-        return ids
+            raise IndexError(f"{caller}: i must be below {len(self)} users, got {i}")
+        return self._users[i]
 
     def padded(self, padding_idx: int = 0, device: torch.device | str | None = None) -> Tensor:
-        """int64 [B, longest], the rest filled with `padding_idx`."""
+        """int64 [B, longest], oldest first, the rest filled with `padding_idx`."""
         longest = max((len(user.ids) for user in self._users), default=0)
         rows = np.full((len(self), longest), padding_idx, dtype=np.int64)
         for row, user in zip(rows, self._users, strict=True):
@@ -150,7 +157,7 @@ class SeenItems:
 
     def to_bytes(self, i: int) -> bytes:
         """User `i` as bytes; `UserState.to_bytes(i, seen=...)` stores both together."""
-        return storage.seal(_MAGIC, self.ids(i).tobytes())
+        return storage.seal(_MAGIC, self.recent(i).tobytes())
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> SeenItems:
@@ -185,27 +192,25 @@ class _User:
         self.ids = np.empty(0, dtype=np.int32) if ids is None else ids
 
     def add(self, items: np.ndarray) -> None:
-        """Sorted, distinct rows, int32."""
+        """Item rows, int32, in the order in which they were met."""
         if len(items) == 1:
             self._add_one(items[0])
-            return
-        place = np.searchsorted(self.ids, items)
-        inside = place < len(self.ids)
-        fresh = np.ones(len(items), dtype=bool)
-        fresh[inside] = self.ids[place[inside]] != items[inside]
-        if fresh.any():
-            self.ids = np.insert(self.ids, place[fresh], items[fresh])
+        elif len(items):
+            new = _last_of_each(items)
+            others = self.ids[np.isin(self.ids, new, invert=True)]
+            self.ids = np.concatenate((others, new))
 
-    # What np.insert does, in a third of its time: this is done at every event.
+    # As above, faster: this is done at every event.
     def _add_one(self, item: np.int32) -> None:
         old = self.ids
-        place = int(old.searchsorted(item))
-        if place < len(old) and old[place] == item:
+        if len(old) and old[-1] == item:
             return
-        new = np.empty(len(old) + 1, dtype=np.int32)
-        new[:place] = old[:place]
-        new[place] = item
-        new[place + 1 :] = old[place:]
+        there = (old == item).nonzero()[0]
+        at = int(there[0]) if len(there) else len(old)
+        new = np.empty(len(old) + 1 - len(there), dtype=np.int32)
+        new[:at] = old[:at]
+        new[at:-1] = old[at + 1 :]
+        new[-1] = item
         self.ids = new
 
 
@@ -222,6 +227,14 @@ def _check_rows(caller: str, items: np.ndarray) -> None:
         )
 
 
-def _sorted(items: Sequence[int] | np.ndarray) -> np.ndarray:
-    items = np.asarray(items)
-    return (np.unique(items) if items.size > 1 else items.ravel()).astype(np.int32)
+def _last_of_each(items: np.ndarray) -> np.ndarray:
+    """The distinct items, in the order in which they come last."""
+    if len(items) < 2:
+        return items
+    behind = np.unique(items[::-1], return_index=True)[1]
+    return items[np.sort(len(items) - 1 - behind)]
+
+
+def _read_only(ids: np.ndarray) -> np.ndarray:
+    ids.flags.writeable = False
+    return ids

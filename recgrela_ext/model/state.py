@@ -286,7 +286,7 @@ class UserState:
             row.numel(),
             hidden.numel(),
         )
-        ids = b"" if seen is None else seen[i].ids(0).tobytes()
+        ids = b"" if seen is None else seen[i].recent(0).tobytes()
         return storage.seal(STATE_MAGIC, header + data + ids)
 
     @staticmethod

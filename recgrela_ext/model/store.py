@@ -381,7 +381,7 @@ class UserStateStore:
             gone, excess = _making_room(last, ids, len(moved))
             resting = self._encoded(moved[excess:], tuple(x[excess:] for x in parts))
         told = np.concatenate([gone, moved[:excess]])
-        new = {} if seen is None else {user: seen.ids(i) for i, user in enumerate(ids.tolist())}
+        new = {} if seen is None else {user: seen.recent(i) for i, user in enumerate(ids.tolist())}
         if len(told) and self.on_evict is not None:
             pairs = zip(last.read(last.find(gone)), parts, strict=True)
             those = self._state(*(torch.cat([x, y[:excess]]) for x, y in pairs))
@@ -433,7 +433,7 @@ class UserStateStore:
         """What is kept of them, or what is about to be."""
         known = self._seen if new is None else ChainMap(dict(new), self._seen)
         none = np.empty(0, dtype=np.int32)
-        return SeenItems.of_sorted([known.get(user, none) for user in users.tolist()])
+        return SeenItems.of_recent([known.get(user, none) for user in users.tolist()])
 
 
 def _user_ids(caller: str, users: Ids) -> Users:

@@ -45,7 +45,8 @@ class TrainConfig:
 
     Loss: "softmax" over all items; "unseen": over the target and what the user has not seen before,
     for rankings that leave seen items out; "sampled" with `num_negatives` shared items and logQ;
-    "bpr". `negatives` and `negative_power`: see `losses.NegativeSampler`.
+    "bpr". `negatives` and `negative_power`: see `losses.NegativeSampler`. With a repeat bias the
+    loss must be "softmax".
 
     Selection: every `eval_every` epochs the validation `metric` is taken; after `patience` such
     evaluations without a better one the run ends (None: never). The best weights are kept.

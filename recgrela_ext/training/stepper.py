@@ -91,6 +91,9 @@ class Stepper:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             if self.packed:
                 items, cu_seqlens, targets = batch.packed(self.device)
+                if self.config.loss == "softmax" and hasattr(model, "loss_packed"):
+                    packed_loss: Tensor = model.loss_packed(items, cu_seqlens, targets)
+                    return packed_loss
                 hidden = model.encode_packed(items, cu_seqlens)
             else:
                 item_seq, lengths, targets = batch.padded(self.device, self._padded_length)

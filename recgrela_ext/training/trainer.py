@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from recgrela_ext.arguments import check_same_items, is_one_of
 from recgrela_ext.data.sequences import Sequences, Targets
 from recgrela_ext.errors import CheckpointError, shown
+from recgrela_ext.model.repeat_bias import RepeatBias
 from recgrela_ext.training.checkpoint import Checkpoint, CheckpointFolder
 from recgrela_ext.training.config import FitResult, TrainConfig
 from recgrela_ext.training.guards import Interrupt, deterministic_algorithms, own_random_state
@@ -56,7 +57,7 @@ def fit(
 
     Args:
         model: a `RecGRELA`, or a module with `config`, `item_embedding`, `loss` and `encode` (and
-            `encode_packed` if it is causal and can).
+            `encode_packed` and `loss_packed` if it is causal and can).
         train: histories; every item but each user's first is a target once per epoch.
         valid: targets for early stopping; without them the last weights are kept.
         epochs, steps, minutes: limits; the run ends at the first one reached. Minutes count
@@ -437,6 +438,10 @@ def _check_arguments(
         raise ValueError(f"fit: resume must be auto, must or never, got {shown(resume)}")
     if not hasattr(model, "item_embedding"):
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
+    if isinstance(getattr(model, "repeat_bias", None), RepeatBias) and config.loss != "softmax":
+        raise ValueError(
+            f"fit: loss must be softmax for a model with a repeat bias, got {config.loss}"
+        )
     weights = list(model.parameters())
     if not any(weight.requires_grad for weight in weights):
         raise ValueError("fit: model must have a weight that requires a gradient, got none")

@@ -17,25 +17,31 @@ from recgrela_ext.evaluation import (
 ITEM_IDS = ["ash", "birch", "cedar", "date", "elm", "fir"]
 
 
-class Nearest:
+class Nearest(torch.nn.Module):
     """Scores item j by -|j - last item|; records what it was asked."""
 
     def __init__(self, n_items: int = 7, max_seq_len: int = 3, share: float | None = None) -> None:
+        super().__init__()
         self.config = SimpleNamespace(
             n_items=n_items, max_seq_len=max_seq_len, repeat_share=share, padding_idx=0
         )
         self.item_embedding = torch.nn.Embedding(n_items, 2)
         self.widths: list[int] = []
 
-    def recommend(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, k: int, exclude_seen: bool
-    ) -> SimpleNamespace:
+    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         self.widths.append(item_seq.shape[1])
-        last = item_seq.gather(1, item_seq_len[:, None] - 1)
-        scores = -(torch.arange(self.config.n_items)[None] - last).abs().float()
+        return item_seq.gather(1, item_seq_len[:, None] - 1)
+
+    def recommend_from_hidden(
+        self, hidden: torch.Tensor, k: int, seen: torch.Tensor, exclude_seen: bool
+    ) -> SimpleNamespace:
+        scores = -(torch.arange(self.config.n_items)[None] - hidden).abs().float()
+        if exclude_seen:
+            scores.scatter_(1, seen, -torch.inf)
         scores[:, 0] = -torch.inf
-        top = scores.topk(k, dim=1)
-        return SimpleNamespace(items=top.indices, scores=top.values)
+        top = scores.topk(min(k, scores.shape[1]), dim=1)
+        items = top.indices.masked_fill(top.values == -torch.inf, 0)
+        return SimpleNamespace(items=items, scores=top.values)
 
 
 def catalogue(histories: list[list[int]]) -> Sequences:

@@ -211,9 +211,9 @@ def test_seen_items() -> None:
     assert seen.ids(0).tolist() == [3, 4, 5]
     assert seen.ids(1).tolist() == [1, 9]
     assert seen.nbytes == 20
-    assert seen.padded().tolist() == [[3, 4, 5], [1, 9, 0]]
+    assert seen.padded().tolist() == [[3, 5, 4], [9, 1, 0]]
     seen[1].add([7])
-    assert SeenItems.cat([seen[1:], seen[:1]]).padded(-1).tolist() == [[1, 7, 9], [3, 4, 5]]
+    assert SeenItems.cat([seen[1:], seen[:1]]).padded(-1).tolist() == [[9, 1, 7], [3, 5, 4]]
     back = SeenItems.from_bytes(seen.to_bytes(1))
     assert back.ids(0).tolist() == [1, 7, 9]
     assert back.ids(0).dtype == np.int32

@@ -24,6 +24,7 @@ VARIANTS = {
     "learned positions": {"position": "learned", "max_seq_len": 20},
     "sinusoidal positions": {"position": "sinusoidal", "rotary": "none"},
     "per head": {"rotary": "per_head", "final_norm": True, "v_projection": True},
+    "repeat bias": {"repeat_bias": True},
     "last row pads": {"padding_idx": 49},
 }
 MakeModel = Callable[..., RecGRELA]

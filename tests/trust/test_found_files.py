@@ -154,7 +154,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
         ({"1.position": torch.tensor([1, -1, 1, 1])}, {}, "must lie in 0..2^53"),
         ({"seen.items": torch.tensor([9], dtype=torch.int32)}, {}, "lengths of the lists"),
         ({"seen.users": torch.arange(50, 56)}, {}, "must be kept once"),
-        ({"seen.items": -torch.ones(6, dtype=torch.int32)}, {}, "must be ascending rows"),
+        ({"seen.items": -torch.ones(6, dtype=torch.int32)}, {}, "must be rows of the item table"),
         (
             {
                 "seen.users": torch.tensor([1]),
@@ -162,7 +162,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
                 "seen.items": torch.full((6,), 3, dtype=torch.int32),
             },
             {},
-            "must be ascending rows",
+            "must be distinct for each user",
         ),
         ({"seen.items": torch.ones(0, 3, dtype=torch.int32)}, {}, "of 1 dimensions"),
     ],

@@ -35,7 +35,8 @@ VARIANTS: dict[str, RecGRELAConfig] = {
     "bidirectional": RecGRELAConfig(num_items=40, causal=False, **SIZES),
     "others": RecGRELAConfig(
         num_items=40, selector="balance", v_projection=True, mlp_activation="relu",
-        gate_activation="gelu", position="learned", final_norm=True, rotary="per_head", **SIZES,
+        gate_activation="gelu", position="learned", final_norm=True, rotary="per_head",
+        repeat_bias=True, **SIZES,
     ),
 }  # fmt: skip
 variants = st.sampled_from(sorted(VARIANTS))
