@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dataset_cost, memory, memory_plots, quality, readme
+from benchmarks import dataset_cost, heavy_users, memory, memory_plots, quality, readme
 from benchmarks.records import Record
 
 HELP = """Speed and memory of recgrela_ext beside what else there is.
@@ -31,6 +31,8 @@ HELP = """Speed and memory of recgrela_ext beside what else there is.
                                                  the paper's; writes results/dataset-cost.json
     python -m benchmarks data-memory             peak memory of loading ten million events
     python -m benchmarks quality                 a queue of training runs, ranked on one test
+    python -m benchmarks heavy-users             what the far past is worth where histories are
+                                                 long; writes results/heavy-users.json
     python -m benchmarks readme                  README's tables, from the results files
 
 A row first checks its results, by the tests' own rule, and tells no time when one is wrong. Ours
@@ -86,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
     )
     quality.add_options(runs)
     runs.set_defaults(run=quality.run)
+    heavy = commands.add_parser(
+        "heavy-users",
+        help="what the far past is worth to users with many items",
+        description=heavy_users.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    heavy_users.add_options(heavy)
+    heavy.set_defaults(run=heavy_users.run)
     tables = commands.add_parser("readme", help="write README's tables from benchmarks/results")
     readme.add_options(tables)
     tables.set_defaults(run=readme.run)

@@ -1,7 +1,8 @@
 """What the far past is worth: NDCG@10 of states that read everything, or the last items alone.
 
-The model is the one memory_quality.py trained on ml-100k, on windows of 200 items. Users with many
-items; the last two items of each are the targets (validation and test). A state that followed every
+The model is the one memory_quality.py trained on ml-100k, on windows of 200 items, or any other
+(heavy_users.py). Users with many items; the last two items of each are the targets (validation and
+test). A state that followed every
 event is the state rebuilt from all items, so its line is "all"; a state rebuilt from the last W has
 forgotten the rest. Differences are paired, target by target, with 95 % intervals over 2,000
 resamplings of the users. Seen items are left out of the ranking.
@@ -10,6 +11,7 @@ resamplings of the users. Seen items are left out of the ranking.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,28 @@ RESAMPLES = 2000
 
 
 def measure(work: Path) -> dict[str, Any]:
-    """Per group of users and window; the mean over the trained seeds."""
+    """Of the model on ml-100k; the mean over its trained seeds."""
     data = Data()
     runs = collect(work, OURS)
     models = [load(OURS, runs["rate"], seed, data.train.n_items, work) for seed in runs["seeds"]]
+    found = compare(models, [data.valid, data.test], HEAVY, WINDOWS)
+    return {"data": data.test.name, "model": OURS, "seeds": runs["seeds"], "groups": found}
+
+
+def compare(
+    models: Sequence[Any],
+    targets: Sequence[Targets],
+    heavy_users: Sequence[int],
+    windows: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Per group of users and window; the mean over the models."""
     groups = []
-    for heavy in HEAVY:
-        parts = [longer_than(t, heavy) for t in (data.valid, data.test)]
+    for heavy in heavy_users:
+        parts = [longer_than(t, heavy) for t in targets]
         users = np.concatenate([part.user for part in parts])
         value = {
             w: np.mean([np.concatenate([_ndcg(m, p, w) for p in parts]) for m in models], 0)
-            for w in (*WINDOWS, ALL)
+            for w in (*windows, ALL)
         }
         rows = [
             {"window": w, "ndcg@10": float(v.mean()), **_difference(v - value[ALL], users)}
@@ -46,7 +59,7 @@ def measure(work: Path) -> dict[str, Any]:
         everything = float(value[ALL].mean())
         groups.append({"more_than": heavy, "users": len(np.unique(users)), "targets": len(users),
                        "all": everything, "windows": rows})  # fmt: skip
-    return {"data": data.test.name, "model": OURS, "seeds": runs["seeds"], "groups": groups}
+    return groups
 
 
 def longer_than(targets: Targets, items: int) -> Targets:

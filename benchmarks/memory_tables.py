@@ -86,6 +86,15 @@ def section(folder: Path) -> str:
     )
     parts = [head, models(figures), many(figures), catalogues(figures), losses(figures)]
     parts += [target_table(targets(figures, folder)), forgetting(content.get("forgetting", {}))]
+    others = folder / "heavy-users.json"
+    if others.exists():
+        curve = json.loads(others.read_text(encoding="utf-8"))
+        head = (
+            f"[{curve['data']}](benchmarks/results/heavy-users.json), order `{curve['order']}`, "
+            f"{curve['model']}, seeds {', '.join(map(str, curve['seeds']))}: made by `python -m "
+            "benchmarks heavy-users`."
+        )
+        parts += [head, forgetting(curve)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -23,6 +23,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.memory_models import CANDIDATES, stored_bytes
 from recgrela_ext import RecGRELA
+from recgrela_ext.cli import main as cli
 from recgrela_ext.data.synthetic import make_synthetic
 
 POINT = {"part": "memory", "kind": "event", "model": "ours", "length": 50, "items": 1000,
@@ -168,6 +169,32 @@ def test_models_are_trained_once_and_their_quality_is_collected(
     short, whole = curve["windows"]
     assert whole["minus_all"] == 0  # nothing was forgotten
     assert short["interval"][0] <= short["minus_all"] <= short["interval"][1]
+
+
+def test_heavy_users_of_saved_models(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [f"{u},{rng.integers(0, 40)},{t}" for u in range(30) for t in range(8 + u)]
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    models = []
+    for seed in ("0", "1"):
+        models += ["--model", str(tmp_path / seed)]
+        options = ["--hidden-size", "8", "--num-layers", "1", "--num-heads", "1", "--steps", "30",
+                    "--lr", "0.03"]  # fmt: skip
+        assert (
+            cli(["train", "--data", str(log), "--out", models[-1], "--seed", seed, *options]) == 0
+        )
+    out = tmp_path / "heavy-users.json"
+    limits = ["--more-than", "20", "--last", "5", "1000", "--out", str(out)]
+    assert main(["heavy-users", *models, *limits]) == 0
+    found = json.loads(out.read_text())
+    assert found["seeds"] == [0, 1]
+    group = found["groups"][0]
+    assert (group["users"], group["targets"]) == (16, 31)  # the shortest has one such history
+    few, everything = group["windows"]
+    assert everything["minus_all"] == 0
+    assert few["minus_all"] != 0
+    assert "16 users with more than 20 items" in memory_tables.forgetting(found)
 
 
 def test_differences_are_means_over_all_targets() -> None:
