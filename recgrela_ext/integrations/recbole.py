@@ -8,7 +8,8 @@
 
 Keys of the published YAML: ``hidden_size``, ``num_heads``, ``num_layers``, ``dropout_prob``,
 ``drop_path``, ``loss_type`` (CE or BPR; CE needs ``train_neg_sample_args: ~``). ``mode: causal`` is
-this project's variant and the default, ``mode: paper`` the published bidirectional model. RecBole
+this project's variant and the default, ``mode: paper`` the published bidirectional model;
+``repeat_bias: true`` is a causal model's learned bias for items met before. RecBole
 pads on the right and feeds one prefix per row: the last real position is trained and read.
 
 RecBole 1.2.1 runs under "numpy<2" "pandas<3" "setuptools<81", which the extra ``recbole`` pins. Its
@@ -40,7 +41,9 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 _KEYS = {"dropout_prob": "dropout"}
-_KEYS |= {key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path")}
+_KEYS |= {
+    key: key for key in ("hidden_size", "num_heads", "num_layers", "drop_path", "repeat_bias")
+}
 _SAVED: dict[str, Any] = {"epoch": int, "cur_step": int, "best_valid_score": (int, float),
                           "state_dict": Mapping, "optimizer": Mapping}  # fmt: skip
 
@@ -49,7 +52,8 @@ class RecGRELA(SequentialRecommender):
     """The model behind RecBole's three methods.
 
     Raises:
-        ValueError: ``mode`` or ``loss_type`` is unknown, BPR lacks negatives, a size cannot work.
+        ValueError: ``mode`` or ``loss_type`` is unknown, BPR lacks negatives or meets a repeat
+            bias, a size cannot work.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -61,6 +65,8 @@ class RecGRELA(SequentialRecommender):
         if self.loss_type not in ("CE", "BPR"):
             raise ValueError(f"RecGRELA: loss_type must be CE or BPR, got {self.loss_type!r}")
         sampling = config["train_neg_sample_args"] or {}
+        if self.loss_type == "BPR" and config["repeat_bias"]:
+            raise ValueError("RecGRELA: loss_type must be CE with repeat_bias, got BPR")
         if self.loss_type == "BPR" and sampling.get("distribution", "none") == "none":
             raise ValueError("RecGRELA: train_neg_sample_args must be given for BPR, got none")
         options = {name: config[key] for key, name in _KEYS.items() if config[key] is not None}
@@ -88,13 +94,17 @@ class RecGRELA(SequentialRecommender):
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of the rows' own items."""
+        items = interaction[self.ITEM_ID]
+        if self.model.config.repeat_bias:
+            return self.full_sort_predict(interaction).gather(1, items[:, None])[:, 0]
         hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return self._dot(hidden, interaction[self.ITEM_ID])
+        return self._dot(hidden, items)
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, n_items]`` of all items."""
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return self.model.scores(hidden)
+        item_seq = interaction[self.ITEM_SEQ]
+        hidden = self.forward(item_seq, interaction[self.ITEM_SEQ_LEN])
+        return self.model.scores(hidden, item_seq if self.model.config.repeat_bias else None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Own weights, or those of the published implementation (``mode: paper`` alone)."""

@@ -22,7 +22,7 @@ from ..ops.checks import check_tensor
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
 from .losses import softmax_loss
-from .repeat_bias import RepeatBias, by_recency
+from .repeat_bias import RepeatBias, by_recency, spans_of
 from .retrieval import ItemTable, Recommendations, check_lists, top_k, top_k_biased
 from .seen import SeenItems
 from .state import StateLayout, UserState
@@ -281,13 +281,28 @@ class RecGRELA(nn.Module):
 
     # scoring
 
-    def scores(self, hidden: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, seen: Tensor | None = None) -> Tensor:
         """hidden [..., hidden_size] -> scores of all rows [..., n_items]; the padding row is -inf.
 
         (In the published variant, `attend_padding=True`, that row is scored like any other.) A
-        repeat bias is not in them, as it takes the history: `recommend` adds it.
+        repeat bias is in them where `seen` says what was met: histories [B, S] of hidden [B,
+        hidden_size], oldest first, filled up with padding.
+
+        Raises:
+            ValueError, TypeError: `seen` of another shape or type.
         """
         scores = F.linear(hidden, self.item_embedding.weight)
+        if seen is not None:
+            check_lists(hidden, self.item_embedding.weight, 1, seen, None)
+        if seen is not None and self.repeat_bias is not None:
+            items, begin, end = spans_of(seen, self.config.padding_idx)
+            inputs.check_ids("RecGRELA.scores", "seen", self.config, items)
+            spans = self.repeat_bias.of_spans
+            if not torch.is_grad_enabled():
+                spans = self.repeat_bias.ranked_spans
+            offsets, items, values = spans(items, begin, end)
+            row = torch.arange(len(seen), device=items.device).repeat_interleave(offsets.diff())
+            scores = scores.index_put((row, items), values.to(scores.dtype), accumulate=True)
         if self.config.attend_padding:
             return scores
         padding = torch.arange(self.config.rows, device=scores.device) == self.config.padding_idx

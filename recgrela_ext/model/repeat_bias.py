@@ -82,13 +82,18 @@ class RepeatBias(nn.Module):
         return self.of_spans(items, begin, torch.where(targets == padding_idx, begin, end))
 
 
+def spans_of(histories: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Items [T], begin and end [B] of histories [B, L] with padding anywhere."""
+    real = histories != padding_idx
+    lengths = real.sum(1)
+    end = lengths.cumsum(0)
+    return histories[real].to(torch.int64), end - lengths, end
+
+
 def by_recency(histories: Tensor, padding_idx: int) -> Tensor:
     """Distinct items of histories [B, L], oldest first and with padding anywhere: [B, S] int64, the
     one met last first, filled up with `padding_idx`."""
-    real = histories != padding_idx
-    items, lengths = histories[real].to(torch.int64), real.sum(1)
-    end = lengths.cumsum(0)
-    offsets, row, items, recency = _recencies(items, end - lengths, end)
+    offsets, row, items, recency = _recencies(*spans_of(histories, padding_idx))
     most = int(offsets.diff().max()) if len(histories) else 0
     found = items.new_full((len(histories), most), padding_idx)
     found[row, recency - 1] = items

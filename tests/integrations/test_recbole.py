@@ -81,9 +81,14 @@ def recbole_run(log_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return prepare
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_recbole_trains_and_its_metrics_are_ours(recbole_run: Any, mode: str) -> None:
-    trainer, model, (train, valid, test) = recbole_run(mode=mode)
+@pytest.mark.parametrize(
+    "settings", [*({"mode": mode} for mode in MODES), {"repeat_bias": True}], ids=str
+)
+def test_recbole_trains_and_its_metrics_are_ours(
+    recbole_run: Any, settings: dict[str, Any]
+) -> None:
+    trainer, model, (train, valid, test) = recbole_run(**settings)
+    assert model.model.config.repeat_bias is ("repeat_bias" in settings)
     trainer.fit(train, valid, verbose=False, show_progress=False)
     losses = list(trainer.train_loss_dict.values())
     assert losses[-1] < losses[0]
@@ -161,8 +166,11 @@ def test_bpr_trains(recbole_run: Any) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_prediction_is_a_column_of_the_full_scores(recbole_run: Any) -> None:
-    _, model, (train, _, _) = recbole_run()
+@pytest.mark.parametrize("repeat_bias", [False, True])
+def test_prediction_is_a_column_of_the_full_scores(recbole_run: Any, repeat_bias: bool) -> None:
+    _, model, (train, _, _) = recbole_run(repeat_bias=repeat_bias)
+    if repeat_bias:
+        torch.nn.init.normal_(model.model.repeat_bias.weight)
     batch = next(iter(train))
     model.eval()
     scores = model.full_sort_predict(batch)
@@ -206,6 +214,7 @@ def test_published_weights_are_read(recbole_run: Any, golden_dir: Path) -> None:
     ("changes", "text"),
     [
         ({"mode": "both"}, "mode must be causal or paper, got 'both'"),
+        ({"loss_type": "BPR", "repeat_bias": True}, "loss_type must be CE with repeat_bias"),
         ({"loss_type": "MSE"}, "loss_type must be CE or BPR, got 'MSE'"),
         ({"loss_type": "BPR"}, "train_neg_sample_args must be given for BPR, got none"),
     ],

@@ -184,6 +184,30 @@ def test_lists(form: torch.dtype | None) -> None:
             assert (found.scores[row, there:] == -torch.inf).all()
 
 
+def test_scores_of_all_items() -> None:
+    model = make()
+    lists = histories(3, 12, 1, 8)
+    for side in ("right", "left"):
+        hidden = model(padded(lists))
+        found = model.scores(hidden, padded(lists, side))
+        for row, items in enumerate(lists):
+            torch.testing.assert_close(found[row], all_scores(model, items))
+    loss = F.cross_entropy(found[:, 1:], torch.tensor([1, 2, 3, 4]))
+    wanted = model.loss(padded(lists), None, torch.tensor([2, 3, 4, 5]))
+    torch.testing.assert_close(loss, wanted)
+    grad, want = (torch.autograd.grad(x, model.repeat_bias.weight)[0] for x in (loss, wanted))
+    torch.testing.assert_close(grad, want)
+    with torch.no_grad():
+        model.repeat_bias.weight[4:] = 0  # never trained: ranked as the one before
+        found = model.scores(hidden, padded(lists))
+        best = model.recommend(padded(lists), k=N - 1, exclude_seen=False)
+    torch.testing.assert_close(found.gather(1, best.items), best.scores)
+    with pytest.raises(ValueError, match=r"seen must be \[4, S\], got \[2, 12\]"):
+        model.scores(hidden, padded(lists)[:2])
+    with pytest.raises(ValueError, match="scores: seen must lie in 0"):
+        model.scores(hidden[:1], torch.tensor([[4, 99]]))
+
+
 def test_candidates() -> None:
     model = make()
     lists = histories(9, 4)
