@@ -53,8 +53,8 @@ class States:
     """`UserState.from_bytes` and `SeenItems.from_bytes`; what they accept can be used."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = small_model()
-        state = self.model.prefill(torch.tensor([[1, 2, 3]]))
+        self.model = small_model(repeat_bias=True)
+        self.state = state = self.model.prefill(torch.tensor([[1, 2, 3]]))
         seen = SeenItems.from_lists([[1, 2, 3]])
         formats = ("float32", "bfloat16", "float16", "int8", "float64")
         self.blobs = [state.to_bytes(0, name, seen) for name in formats]
@@ -87,6 +87,9 @@ class States:
             seen.add([5])
             ids = seen.ids(0)
             assert (np.diff(ids) > 0).all()
+            if len(seen.recent(0)) <= 1000:
+                best = self.model.recommend_from_state(self.state, 11, seen, exclude_seen=False)
+                assert sorted(best.items[0].tolist()) == list(range(1, 12))
             accepted.append("seen items")
         return " and ".join(accepted)
 
@@ -105,7 +108,7 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "model"
-        model = small_model()
+        model = small_model(repeat_bias=True)
         model.id_map = IdMap(np.arange(3), np.arange(11), {1: "one"})
         model.save_pretrained(self.folder)
         self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
@@ -139,7 +142,7 @@ class Models:
         if model.id_map is not None and model.id_map.num_items:
             model.id_map.title(1)
         if model.config.rows <= 1000 and model.config.max_seq_len <= 1000:
-            model.recommend(torch.tensor([[1, 1]]), k=2)
+            model.recommend(torch.tensor([[1, 1]]), k=2, exclude_seen=False)
             return "loaded, recommends"
         return "loaded, too large to try"
 
