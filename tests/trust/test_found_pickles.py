@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -71,6 +73,40 @@ def test_a_distributed_checkpoint_changes_nothing(run: Path, named: bytes) -> No
 
 def test_what_is_plain_still_comes_back(run: Path) -> None:
     assert load_checkpoint(run, small_model(), None) == 7
+
+
+class ByAttribute(pickle.Pickler):
+    """As Python 3.11.0 to 3.11.3 pickle members of enums."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, enum.Enum):
+            return getattr, (type(thing), thing.name)
+        return NotImplemented
+
+
+def test_members_of_enums_pickled_by_attribute(run: Path) -> None:
+    path = run / "step-000000007" / ".metadata"
+    with path.open("rb") as file:
+        content = pickle.load(file)  # our own
+    with path.open("wb") as file:
+        ByAttribute(file).dump(content)
+    assert b"getattr" in path.read_bytes()
+    assert load_checkpoint(run, small_model(), None) == 7
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\nX\x08\0\0\0__init__",
+        b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nX\x07\0\0\0__new__",
+        b"ctorch\nfloat32\nX\x06\0\0\0is_cpu",
+    ],
+)
+def test_attributes_are_not_taken(run: Path, named: bytes) -> None:
+    taken = b"\x80\x02cbuiltins\ngetattr\n" + named + b"\x86R."
+    (run / "step-000000007" / ".metadata").write_bytes(taken)
+    with pytest.raises(CheckpointError, match="it takes attributes"):
+        load_checkpoint(run, small_model(), None)
 
 
 @pytest.mark.parametrize(
