@@ -122,14 +122,13 @@ def top_k_biased(
     candidates: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Recommendations:
-    """`top_k` with `bias` [S] added to the scores of the items `recent` [B, S].
+    """`top_k` with `bias` [S] added to the scores of the items `recent` [B, S] int64.
 
     The unseen are ranked as ever; the seen, few beside the catalogue, are scored one by one.
     """
     unseen = top_k(hidden, table, k, padding_idx, recent, candidates, scale)
     if not recent.numel():
         return unseen
-    recent = recent.to(torch.int64)
     dtype = unseen.scores.dtype
     step = max(1, _ELEMENTS // (recent.shape[1] * table.shape[1]))
     parts = []
