@@ -1,5 +1,5 @@
 """`python -m benchmarks plots`: README's log-log pictures of results/memory.json, and those of
-quality_plots.py.
+quality_plots.py and feature_ranks.py.
 
 Needs the extra `plot`.
 """
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_plots
+from benchmarks import feature_ranks, quality_plots
 from benchmarks.machine import ROOT
 from benchmarks.quality import QUEUES
 
@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         print(path)
     quality = options.results / "quality"
     if quality.is_dir():
-        print(quality_plots.draw(QUEUES, quality, options.out or quality) or "no quality to draw")
+        for pictures in (quality_plots, feature_ranks):
+            print(pictures.draw(QUEUES, quality, options.out or quality) or "nothing to draw")
     return 0
 
 

@@ -15,7 +15,8 @@ same labels, perhaps on another order, and this queue's runs add what they chose
 `config` and `train`. Models that only count have no grid and one seed, and take nothing but their
 own `config`. A global split by time has its targets under the order's name and "-time"; null stands
 for whatever targets the user's own copy of the data has. With `level` a table says how soon each
-row reaches it on validation.
+row reaches it on validation. With `rank_users` a run of ours also measures the ranks of its
+features over so many users (feature_ranks.py).
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from typing import Any
 
 COUNTING = ("Popularity", "Markov", "ItemKNN")
 FIELDS = {"label", "model", "data", "order", "split", "config", "train", "limits", "grid", "seeds",
-          "then_seeds", "final_limits"}  # fmt: skip
+          "then_seeds", "final_limits", "rank_users"}  # fmt: skip
 SPLITS = ("leave_one_out", "time")
 TABLES = ("comparison", "screen", "settings")
+NAMELESS = ("seed", "label", "rank_users")  # decide no figure of a setting
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class Run:
     limits: dict[str, Any]
     target_sha256: str  # empty: any
     label: str = ""
+    rank_users: int = 0  # over how many the ranks of its features are measured (feature_ranks.py)
 
     @property
     def setting(self) -> str:
         """What all seeds of this run share, as eight digits."""
-        decisive = {k: v for k, v in asdict(self).items() if k not in ("seed", "label")}
+        decisive = {k: v for k, v in asdict(self).items() if k not in NAMELESS}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -199,7 +202,8 @@ def read_queue(path: Path) -> Queue:
         entry = _merged(queue.get("defaults", {}), given)
         if given.get("model") in COUNTING:  # what is shared by the trained models is not for them
             entry |= {"config": given.get("config", {}), "train": {}, "limits": {}, "grid": {},
-                      "seeds": [0], "then_seeds": [], "final_limits": None}  # fmt: skip
+                      "seeds": [0], "then_seeds": [], "final_limits": None,
+                      "rank_users": 0}  # fmt: skip
         unknown = entry.keys() - FIELDS
         need(not unknown, f"name known fields in run {number}, got {', '.join(sorted(unknown))}")
         missing = {"model", "data", "order", "seeds"} - entry.keys()
@@ -250,7 +254,7 @@ def _row(entry: dict[str, Any], split: str, sha256: str) -> Row:
         for seed in entry["seeds"]:
             trials.append(
                 Run(model, entry["data"], entry["order"], split, seed, **chosen,
-                    target_sha256=sha256, label=label)
+                    target_sha256=sha256, label=label, rank_users=entry.get("rank_users", 0))
             )  # fmt: skip
     then_seeds, final = entry.get("then_seeds", []), None
     if entry.get("final_limits"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine
+from benchmarks import feature_ranks, machine
 from benchmarks.item_knn import ItemKNN
 from benchmarks.peer_models import PeerConfig
 from benchmarks.quality import note
@@ -88,6 +88,8 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
     result.update(model=run.model, label=run.label, setting=run.setting, valid=checked["mean"],
                   config=run.config, train=run.train, limits=run.limits, curve=curve, commit=commit,
                   left_out=dict(test.dropped), **facts)  # fmt: skip
+    if run.rank_users:
+        result["feature_ranks"] = feature_ranks.measured(model, train, run.rank_users)
     results.mkdir(parents=True, exist_ok=True)
     save_ranks(results / f"{run.name}.npz", test.user, ranks)
     write_result(result, results / f"{run.name}.json")  # last: a run with this file is done

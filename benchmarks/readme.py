@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import (
     dataset_cost,
+    feature_ranks,
     memory_tables,
     model_card,
     quality_comparison,
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if quality.is_dir():
         parts = [quality_comparison.page(QUEUES, quality).rstrip("\n"),
                  quality_soon.section(QUEUES, quality),
+                 feature_ranks.section(QUEUES, quality),
                  dataset_cost.section(options.results)]  # fmt: skip
         pages[quality / "README.md"] = "\n\n".join(filter(None, parts)) + "\n"
         pages[options.card] = model_card.page(QUEUES, quality, COMMAND)

@@ -67,6 +67,12 @@ def attention_map(q: Tensor, k: Tensor, inv_freq: Tensor, eps: float) -> Tensor:
     return weights / (plain.sum(-1) + eps * torch.arange(1, length + 1))[..., None]
 
 
+def long_histories(train: Sequences, users: int, length: int) -> list[np.ndarray]:
+    """The last `length` items of the first `users` histories that have as many."""
+    found = np.flatnonzero(train.lengths >= length)[:users]
+    return [train.history(int(user))[-length:] for user in found]
+
+
 @torch.no_grad()
 def measure(model: RecGRELA, histories: list[np.ndarray]) -> Tensor:
     """[users, layers, matrices, 2], in float64."""
@@ -116,20 +122,25 @@ def run(variant: str, seed: int, data: tuple[Sequences, Targets, Targets], histo
     return found
 
 
+def variants(results: list[dict[str, Any]]) -> list[str]:
+    """Which there are, in their order."""
+    return list(dict.fromkeys(r["variant"] for r in results))
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A line per variant and layer; means over seeds of the means over users, and deviations."""
-    head = "| variant | NDCG@10 | layer |" + "".join(
+    head = "| variant | seeds | NDCG@10 | unseen | layer |" + "".join(
         f" {m}, {r} |" for m in MATRICES for r in RANKS
     )
-    lines = [head, "|---" * (3 + len(MATRICES) * len(RANKS)) + "|"]
-    for variant in VARIANTS:
+    lines = [head, "|---" * (5 + len(MATRICES) * len(RANKS)) + "|"]
+    for variant in variants(results):
         mine = [r for r in results if r["variant"] == variant]
         mean, spread = (np.mean([r[name] for r in mine], 0) for name in ("mean", "deviation"))
-        ndcg = np.mean([r["ndcg@10"]["seen_excluded"] for r in mine])
+        ndcg = " | ".join(f"{np.mean([r['ndcg@10'][v] for r in mine]):.4f}" for v in VIEWS)
         for layer, (values, widths) in enumerate(zip(mean, spread, strict=True), start=1):
             pairs = zip(values.reshape(-1), widths.reshape(-1), strict=True)
             cells = "".join(f" {value:.1f} ± {width:.1f} |" for value, width in pairs)
-            lines.append(f"| {variant} | {ndcg:.4f} | {layer} |{cells}")
+            lines.append(f"| {variant} | {len(mine)} | {ndcg} | {layer} |{cells}")
     return "\n".join(lines)
 
 
@@ -142,7 +153,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(MATRICES), figsize=(13, 4))
     for m, axis in enumerate(axes):
-        for n, variant in enumerate(VARIANTS):
+        for n, variant in enumerate(variants(results)):
             mine = [r for r in results if r["variant"] == variant]
             mean, spread = (np.mean([r[k] for r in mine], 0) for k in ("mean", "deviation"))
             layers = np.arange(1, len(mean) + 1) + 0.05 * (n - 1.5)
@@ -151,7 +162,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(1, len(mean) + 1))
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main() -> None:
@@ -174,14 +186,15 @@ def main() -> None:
         else make_synthetic(num_users=300, num_items=240, mean_length=120)[0]
     )
     data = log.leave_one_out()
-    users = np.flatnonzero(data[0].lengths >= options.length)[: options.users]
-    long = [data[0].history(int(user))[-options.length :] for user in users]
+    long = long_histories(data[0], options.users, options.length)
     if not long:
         parser.error(f"--length: a user must have {options.length} items, got none")
     runs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
     results = [run(*one, data, long, options) for one in runs]
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ranks.json").write_text(json.dumps({"length": options.length, "runs": results}))
+    facts = {"data": log.name, "order": log.order, "epochs": options.epochs,
+             "length": options.length, "runs": results}  # fmt: skip
+    (options.out / "ranks.json").write_text(json.dumps(facts))
     picture(results, options.out / "ranks.png")
     print(table(results))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import model_card, quality, quality_comparison, quality_plots, quality_soon
+from benchmarks import (
+    feature_ranks,
+    model_card,
+    quality,
+    quality_comparison,
+    quality_plots,
+    quality_queue,
+    quality_run,
+    quality_soon,
+)
 from benchmarks.__main__ import main
 from benchmarks.item_knn import ItemKNN
 from benchmarks.quality import QUEUES
@@ -221,6 +231,52 @@ def test_curves_of_two_models(folder: Path) -> None:
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"]({picture.name})" in quality_comparison.page(folder, results)
+
+
+def test_ranks_of_features_stand_in_the_result(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Measured after training, without another name for the run; tables and picture from it."""
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = [{**queue["runs"][2], "grid": {}, "then_seeds": []}]
+    queue["runs"].append({**queue["runs"][0], "model": "Popularity"})
+    before = [run.name for row in read_queue_of(folder, queue).rows for run in row.trials]
+    queue["defaults"]["rank_users"] = 2
+    after = [run.name for row in read_queue_of(folder, queue).rows for run in row.trials]
+    assert after == before
+    results = folder / "results"
+    assert feature_ranks.section(folder, results) == ""
+    assert feature_ranks.draw(folder, results, folder) is None
+    assert command(folder, "--only", "ours") == 1  # no history of the walks is so long
+    assert "users with 200 items, got none" in capfd.readouterr().err
+
+    one = quality.Run(**{**asdict(read_queue_of(folder, queue).rows[0].trials[0]), "seed": 0})
+    monkeypatch.setattr(feature_ranks, "LENGTH", 5)
+    quality_run.perform(one, folder / "data", folder / "work" / "one", results)
+    result = json.loads((results / f"{one.name}.json").read_text())
+    ranks = result["feature_ranks"]
+    assert (ranks["users"], ranks["length"]) == (2, 5)
+    mean, deviation = np.array(ranks["mean"]), np.array(ranks["deviation"])
+    assert mean.shape == deviation.shape == (1, 3, 2)
+    assert (mean[..., 0] <= 5).all()
+    assert (mean >= 1).all()
+    text = feature_ranks.section(folder, results)
+    value, width = mean[0, 2, 1], deviation[0, 2, 1]
+    assert text.endswith(f"| {value:.1f} ± {width:.1f} |")
+    unseen = result["mean"]["seen_excluded/ndcg@10"]
+    assert (
+        f"| ours | 1 | {result['mean']['seen_included/ndcg@10']:.4f} | {unseen:.4f} | 1 |" in text
+    )
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    picture = feature_ranks.draw(folder, results, results)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert feature_ranks.section(folder, results).endswith(f"]({picture.name})")
+
+
+def read_queue_of(folder: Path, queue: dict[str, Any]) -> quality_queue.Queue:
+    (folder / "queue.json").write_text(json.dumps(queue))
+    return read_queue(folder / "queue.json")
 
 
 def test_how_soon_a_level_is_reached(folder: Path) -> None:
