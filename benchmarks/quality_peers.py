@@ -5,8 +5,8 @@
                 the whole sequence at every position; here a position reads what came before it,
                 as dense training asks for.
     Mamba4Rec   arXiv 2403.03900: Mamba blocks (arXiv 2312.00752, state 32, expansion 2, four
-                taps) with pointwise layers, in plain torch. It counts for quality, never for time
-                or memory: a loop over the positions takes the place of the package's kernels.
+                taps) with pointwise layers; its scan is selective_scan.py's. It counts for
+                quality, never for time or memory.
 
 Facts are from the papers, no code is.
 """
@@ -30,6 +30,7 @@ from benchmarks.peer_models import (
     Pointwise,
     SASRec,
 )
+from benchmarks.selective_scan import selective_scan
 
 
 class LinRec(Peer):
@@ -120,48 +121,8 @@ class SelectiveBlock(nn.Module):
         u = F.silu(self.conv(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         step, b, c = self.select(u).split(self.sizes, -1)
         step = F.softplus(self.step(step))
-        y = Scan.apply(u, step, -torch.exp(self.log_decay), b, c)
+        y = selective_scan(u, step, -torch.exp(self.log_decay), b, c)
         return self.out((y + self.skip * u) * F.silu(gate))  # type: ignore[no-any-return]
-
-
-class Scan(torch.autograd.Function):
-    """y_t = h_t c_t with h_t = exp(step_t A) h_{t-1} + (step_t u_t) b_t.
-
-    u, step [B, L, I]; A [I, N]; b, c [B, L, N]. One loop each way and all states kept in between:
-    a tenth of the time and memory of torch's own graph of the loop.
-    """
-
-    @staticmethod
-    def forward(ctx, u, step, a, b, c):  # type: ignore[no-untyped-def]
-        states = u.new_empty(u.shape[1] + 1, u.shape[0], *a.shape)  # [L + 1, B, I, N]
-        states[0] = 0
-        y = torch.empty_like(u)
-        for t in range(u.shape[1]):
-            decay = torch.exp(step[:, t, :, None] * a)
-            new = (step[:, t] * u[:, t])[..., None] * b[:, t, None]
-            torch.addcmul(new, decay, states[t], out=states[t + 1])
-            y[:, t] = (states[t + 1] @ c[:, t, :, None])[..., 0]
-        ctx.save_for_backward(u, step, a, b, c, states)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        u, step, a, b, c, states = ctx.saved_tensors
-        d_u, d_step, d_a, d_b, d_c = (torch.zeros_like(part) for part in (u, step, a, b, c))
-        d_h = torch.zeros_like(states[0])
-        for t in range(u.shape[1] - 1, -1, -1):
-            s, g = step[:, t, :, None], grad[:, t, :, None]
-            d_c[:, t] = (g * states[t + 1]).sum(1)
-            d_h += g * c[:, t, None]
-            inflow = (d_h @ b[:, t, :, None])[..., 0]  # d loss / d (step u)
-            d_b[:, t] = (d_h * (step[:, t] * u[:, t])[..., None]).sum(1)
-            d_u[:, t] = inflow * step[:, t]
-            decay = torch.exp(s * a)
-            d_h *= decay
-            d_power = d_h * states[t]  # d loss / d (step A)
-            d_step[:, t] = inflow * u[:, t] + (d_power * a).sum(-1)
-            d_a += (d_power * s).sum(0)
-        return d_u, d_step, d_a, d_b, d_c
 
 
 PEERS: dict[str, type[Peer]] = {

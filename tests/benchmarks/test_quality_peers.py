@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import selective_scan
 from benchmarks.peer_models import HEADS, WIDTH, PeerConfig
-from benchmarks.quality_peers import LinearAttentionBlock, LinRec, Mamba4Rec, Scan, SelectiveBlock
+from benchmarks.quality_peers import LinearAttentionBlock, LinRec, Mamba4Rec, SelectiveBlock
 from recgrela_ext import RecGRELA, RecGRELAConfig
 from tests.tolerance import assert_same_history
 
@@ -75,13 +76,56 @@ def test_linear_attention_equals_its_running_sums() -> None:
         torch.testing.assert_close(block(x)[:, t], expected)
 
 
-def test_scan_gradients() -> None:
+def scan_inputs(length: int, state: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    shapes = (2, 6, 3), (2, 6, 4), (2, 6, 4)
-    u, b, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    step = torch.rand(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    a = (-torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(Scan.apply, (u, step, a, b, c))
+    u, b, c = (torch.randn(2, length, size, dtype=dtype) for size in (3, state, state))
+    step, a = torch.rand(2, length, 3, dtype=dtype), -5 * torch.rand(3, state, dtype=dtype)
+    return [x.requires_grad_() for x in (u, step, a, b, c)]
+
+
+def test_scan_gradients() -> None:
+    inputs = scan_inputs(6, 4, torch.float64)
+    assert torch.autograd.gradcheck(selective_scan.selective_scan, inputs)
+
+
+@pytest.mark.parametrize(("length", "state"), [(1, 32), (57, 32), (20, 5)])
+def test_the_compiled_scan_is_the_loop(length: int, state: int) -> None:
+    if selective_scan.compiled(state) is None:
+        pytest.skip("no C++ compiler is on the path")
+    grad = torch.randn(2, 3, length).transpose(1, 2)
+    found = {}
+    for scan, dtype in ((selective_scan.selective_scan, torch.float32),
+                        (selective_scan.LoopScan.apply, torch.float64)):  # fmt: skip
+        inputs = scan_inputs(length, state, torch.float32)
+        y = scan(*(x.to(dtype) for x in inputs))
+        found[dtype] = [y, *torch.autograd.grad(y, inputs, grad.to(dtype))]
+    for ours, wanted in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours.double(), wanted.double(), rtol=2e-5, atol=2e-6)
+
+
+def test_without_a_compiler_the_scan_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the compiled one is what is asked where there is one."""
+    inputs = scan_inputs(9, 4, torch.float32)
+    asked = []
+
+    class Library:
+        def selective_scan(self, *arguments: object) -> None:
+            asked.append(arguments)
+
+    monkeypatch.setattr(selective_scan, "compiled", lambda state: Library())
+    selective_scan.selective_scan(*inputs)
+    assert len(asked) == 1
+    selective_scan.selective_scan(*(x.double() for x in inputs))
+    assert len(asked) == 1
+    monkeypatch.setattr(selective_scan, "compiled", lambda state: None)
+    y = selective_scan.selective_scan(*inputs)
+    torch.testing.assert_close(y, selective_scan.LoopScan.apply(*inputs))
+
+
+def test_compiling_leaves_rounding_alone() -> None:
+    """Numbers below the smallest normal one stay: -ffast-math is not for the process."""
+    selective_scan.compiled(32)
+    assert (torch.tensor([1e-38]) * 1e-3).item() > 0
 
 
 def test_selective_block_is_the_recurrence_written_down() -> None:
