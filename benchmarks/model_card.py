@@ -16,8 +16,9 @@ whose tables hold the models it was compared with; no weights are published.
 
 **What it is.** A sequential recommender: item ids in, a score for every item out. Causal linear
 attention with rotary positions, a short causal convolution beside it, a SiLU gate
-(arXiv 2506.13315, made causal). It reads histories of any length and serves a user from a state of
-fixed size.
+(arXiv 2506.13315, made causal). It reads histories of any length (the figures here are of their
+last 200 items) and serves a user from a state of fixed size; with a repeat bias the distinct items
+met are needed as well, 4 bytes each.
 
 **For what.** Ranking the next item for users with a history, items known from training. It knows
 ids alone: no text, price or picture, and no item or user that training has not seen (a new user
@@ -31,7 +32,7 @@ TAIL = """\
 where the split is by time. An order or a split makes another test: rows of different tables say
 nothing about each other. ML-1M's ties in time leak the file's order, so both orders are given. A
 repeat bias (`RecGRELAConfig(repeat_bias=True)`) is nothing of this model's own: any can have it,
-and the table gives it to all.
+and the tables of ML-1M with it give it to every trained model.
 
 **Cost.** Processor time of one thread; wall times are of shared machines."""
 
@@ -48,7 +49,8 @@ def page(queues: Path, results: Path, command: str) -> str:
     ]
     if not found:
         return f"{introduction}\n{NONE_YET}\n"
-    head = "| test | trained as | seeds | NDCG@10, seen items in / out | parameters | minutes |"
+    head = ("| test | trained as | seeds | NDCG@10, seen items in / out | parameters "
+            "| processor minutes |")  # fmt: skip
     table = "\n".join([head, "|---|---|---|---|---|---|", *(_row(one) for _, one in found)])
     again = "\n".join(_again(queue, one) for queue, one in found)
     return "\n\n".join([introduction.strip(), table, "To train a row again:", again, TAIL]) + "\n"

@@ -24,12 +24,15 @@ OURS = "RecGRELA"
 VIEWS = ("seen_included", "seen_excluded")
 PROTOCOL = f"""\
 Every model is trained by `fit` on the same batches and ranked by the same code among all items;
-seen items stay in the ranking, or ("unseen") are left out of it. The setting of a row is the best
-of its trials on validation (learning rate x dropout, the same number of targets and the same
-patience for all), and is then run with more seeds, and for longer where the table says so. A
-difference is that of the first row less this one: the mean over users of NDCG@10 averaged over
-seeds, its 95 % interval from a bootstrap over users and seeds, paired by user, and p after Holm.
-Differences below {TIE} are called a tie, as are those whose interval holds 0."""
+seen items stay in the ranking, or ("unseen") are left out of it, but for the target. The peers are
+our own code after the papers (docs/quality.md, Models), none of it compared with its authors'
+figures. The setting of a row is the best of its trials on validation (learning rate x dropout, the
+same number of targets and the same patience for all), of this table or of the one that its note
+names, and is then run with more seeds. ± is the standard deviation over seeds. A difference is
+that of the first row less this one: the mean over users of NDCG@10 averaged over seeds, its 95 %
+interval from a bootstrap over users and seeds, paired by user, and p after Holm, which cannot fall
+below 0.001 times the number of rows. Differences below {TIE} are called a tie, also significant
+ones, as are those whose interval holds 0; before a row has all its trials nothing is called."""
 NONE_YET = "No model has been trained by a quality queue yet."
 SCREENS = """\
 One change of the recipe at a time, judged on validation; no test figure is shown, so that none is
@@ -37,6 +40,9 @@ chosen by it. One seed each: a change is believed after two. Loss is that of the
 training and is comparable between rows of the same loss alone."""
 COMMAND = "python -m benchmarks readme"
 CURVES = "curves.png"  # of quality_plots.py
+UNFINISHED = "trials unfinished"
+NEW = """ Where a target is itself among the seen items, "unseen" asks only that it beats those that
+are not; what a list of new items is worth, the last columns tell."""
 
 
 class Setting:
@@ -50,10 +56,22 @@ class Setting:
         self.names = [run.name for run in runs]
         self.done = sum(run.result(results) is not None for run in row.trials)
         self.ndcg = {view: [] for view in VIEWS}
+        self.new: np.ndarray | None = None  # which targets are, where it is told and not all are
         for run in runs:
             with np.load(results / f"{run.name}.npz", allow_pickle=False) as ranks:
                 for view in VIEWS:
                     self.ndcg[view].append(_by_user(ranks, view))
+                if "new" in ranks and "user" not in ranks:
+                    self.new = ranks["new"]
+
+    @property
+    def trained(self) -> bool:
+        return self.model not in COUNTING
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all its trials are."""
+        return self.done == len(self.row.trials)
 
     def mean(self, metric: str) -> tuple[float, float]:
         """Mean over the seeds, and their standard deviation (0 for one seed)."""
@@ -77,10 +95,12 @@ def settings_of(rows: list[Row], results: Path) -> list[Setting]:
     return [Setting(row, done, results) for row, done in runs if done]
 
 
-def compare(ours: Setting, others: list[Setting], view: str) -> list[Difference]:
-    """Of NDCG@10, ours less theirs; p corrected over the others."""
-    mine = np.stack(ours.ndcg[view])
-    found = [paired_difference(mine, np.stack(other.ndcg[view])) for other in others]
+def compare(
+    ours: Setting, others: list[Setting], view: str, users: np.ndarray | slice = slice(None)
+) -> list[Difference]:
+    """Of NDCG@10 of all or of some users, ours less theirs; p corrected over the others."""
+    mine = np.stack(ours.ndcg[view])[:, users]
+    found = [paired_difference(mine, np.stack(other.ndcg[view])[:, users]) for other in others]
     corrected = holm([one.p for one in found])
     return [dataclasses.replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
@@ -173,27 +193,57 @@ def _by_test(queue: Queue) -> dict[str, list[Row]]:
 
 
 def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) -> str:
-    lines = [
-        _heading(queue, rows[0].shown, done[0].results[0]),
-        "",
-        "| | trials | seeds | NDCG@10 | first less this | | p | NDCG@10, unseen | first less this "
-        "| | p |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
     ours = next((s for s in done if s.model == OURS), None)
     others = [s for s in done if s is not ours]
-    differences = {view: compare(ours, others, view) for view in VIEWS} if ours else {}
-    for setting in [ours, *others] if ours else others:
-        assert setting is not None
-        trials = f"{setting.done}/{len(setting.row.trials)}"
-        cells = [setting.row.label, trials, str(len(setting.results))]
-        for view in VIEWS:
-            cells.append(_figure(*setting.mean(f"{view}/ndcg@10"), len(setting.results)))
-            told = differences and setting is not ours
-            cells += _difference(differences[view][others.index(setting)] if told else None)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *([queue.note, ""] if queue.note else []), _not_run(rows, done, results)]
-    return "\n".join(lines)
+    ordered = [ours, *others] if ours else others
+    head = ["", "parameters", "trials", "seeds"]
+    cells = [
+        [
+            setting.row.label,
+            f"{setting.results[0].get('parameters', ''):,}" if setting.trained else "",
+            f"{setting.done}/{len(setting.row.trials)}",
+            str(len(setting.results)),
+        ]
+        for setting in ordered
+    ]
+    for view, name in zip(VIEWS, ("NDCG@10", "NDCG@10, unseen"), strict=True):
+        head += [name, "first less this", "", "p"]
+        for mine, setting in zip(cells, ordered, strict=True):
+            mine.append(_figure(*setting.mean(f"{view}/ndcg@10"), len(setting.results)))
+        for mine, told in zip(cells, _told(ours, others, view), strict=True):
+            mine += told
+    new = next((setting.new for setting in done if setting.new is not None), None)
+    if new is not None:
+        head += [f"unseen, {new.sum():,} new targets alone", "first less this"]
+        for mine, setting, told in zip(
+            cells, ordered, _told(ours, others, "seen_excluded", new), strict=True
+        ):
+            means = [values[new].mean() for values in setting.ndcg["seen_excluded"]]
+            deviation = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+            mine += [_figure(float(np.mean(means)), deviation, len(means)), told[0]]
+    lines = [f"| {' | '.join(line)} |" for line in [head, *cells]]
+    lines.insert(1, "|---" * len(head) + "|")
+    heading = _heading(queue, rows[0].shown, done[0].results[0])
+    note = [f"{queue.note}{NEW if new is not None else ''}".strip()]
+    return "\n".join([heading, "", *([*note, ""] if note[0] else []), *lines, "",
+                      _not_run(rows, done, results)])  # fmt: skip
+
+
+def _told(
+    ours: Setting | None, others: list[Setting], view: str, users: np.ndarray | slice = slice(None)
+) -> list[list[str]]:
+    """Difference, verdict and p for every row; empty for the first."""
+    if ours is None:
+        return [["", "", ""]] * len(others)
+    found = compare(ours, others, view, users)
+    return [["", "", ""]] + [
+        [
+            f"{one.value:+.4f} ({one.low:+.4f} to {one.high:+.4f})",
+            one.verdict if other.is_done and ours.is_done else UNFINISHED,
+            f"{one.p:.3f}",
+        ]
+        for other, one in zip(others, found, strict=True)
+    ]
 
 
 def _heading(queue: Queue, run: Run, result: dict[str, Any]) -> str:
@@ -227,13 +277,6 @@ def _not_run(rows: list[Row], done: list[Setting], results: Path) -> str:
 
 def _figure(mean: float, deviation: float, seeds: int) -> str:
     return f"{mean:.4f} ± {deviation:.4f}" if seeds > 1 else f"{mean:.4f}"
-
-
-def _difference(found: Difference | None) -> list[str]:
-    if found is None:
-        return ["", "", ""]
-    value = f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-    return [value, found.verdict, f"{found.p:.3f}"]
 
 
 def screen(queue: Queue, results: Path) -> list[str]:

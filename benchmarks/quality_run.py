@@ -20,7 +20,7 @@ from benchmarks.quality import note
 from benchmarks.quality_peers import PEERS
 from benchmarks.quality_queue import COUNTING, Run
 from benchmarks.repeat_bias import WithRepeatBias
-from recgrela_ext import Interactions, RecGRELA, RecGRELAConfig, Sequences, evaluate, fit
+from recgrela_ext import Interactions, RecGRELA, RecGRELAConfig, Sequences, Targets, evaluate, fit
 from recgrela_ext.evaluation import write_result
 from recgrela_ext.evaluation.baselines import Markov, Popularity
 from recgrela_ext.evaluation.ranking import Ranks, rank_targets
@@ -91,7 +91,7 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
     if run.rank_users:
         result["feature_ranks"] = feature_ranks.measured(model, train, run.rank_users)
     results.mkdir(parents=True, exist_ok=True)
-    save_ranks(results / f"{run.name}.npz", test.user, ranks)
+    save_ranks(results / f"{run.name}.npz", test, ranks)
     write_result(result, results / f"{run.name}.json")  # last: a run with this file is done
     told = {f"{view}/ndcg@10": result["mean"][f"{view}/ndcg@10"]
             for view in ("seen_included", "seen_excluded")}  # fmt: skip
@@ -100,13 +100,17 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)  # the checkpoints have served
 
 
-def save_ranks(path: Path, user: np.ndarray, ranks: Ranks) -> None:
+def save_ranks(path: Path, test: Targets, ranks: Ranks) -> None:
     """Ranks up to 255, which stands for all beyond, in the targets' order; whose they are, where
-    that is not one target for each user in turn."""
+    that is not one target for each user in turn; which are new to their users, where not all are.
+    """
     arrays = {view: np.minimum(getattr(ranks, view), 255).astype(np.uint8)
               for view in ("seen_included", "seen_excluded")}  # fmt: skip
-    if (np.diff(user) <= 0).any():
-        arrays["user"] = user.astype(np.int32)
+    if (np.diff(test.user) <= 0).any():
+        arrays["user"] = test.user.astype(np.int32)
+    new = [item not in test.history(i) for i, item in enumerate(test.target_items)]
+    if not all(new):
+        arrays["new"] = np.array(new)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

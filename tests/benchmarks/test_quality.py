@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_queue_runs_and_goes_on(folder: Path, capfd: pytest.CaptureFixture[str])
     assert command(folder, "--list") == 0
     assert capfd.readouterr().out.count("to do") == 0
     table = quality_comparison.section(folder, folder / "results")
-    assert "| ours | 2/2 | 2 |" in table
+    assert f"| ours | {more['parameters']:,} | 2/2 | 2 |" in table
     assert "All runs of this table have been made." in table
     assert table.index("| ours") < table.index("| Markov") < table.index("| ItemKNN")
 
@@ -107,6 +108,40 @@ def test_a_table_says_what_is_missing(folder: Path) -> None:
     assert command(folder, "--only", "recgrela") == 0
     table = quality_comparison.section(folder, folder / "results")
     assert "1 runs of this table have not been made, none of ItemKNN." in table
+    assert "trials unfinished" not in table
+    trial = min((folder / "results").glob("*recgrela*-s0.json"), key=valid_ndcg)  # not the chosen
+    trial.unlink()
+    table = quality_comparison.section(folder, folder / "results")
+    assert "| 1/2 |" in table
+    assert table.count("| trials unfinished |") == 2  # both views of the one other row
+    assert "| ahead |" not in table
+
+
+def valid_ndcg(result: Path) -> float:
+    return float(json.loads(result.read_text())["valid"]["seen_included/ndcg@10"])
+
+
+def test_new_targets_have_columns_of_their_own(folder: Path) -> None:
+    """Those that are not in their users' histories, where some are; by hand for one model."""
+    log = Interactions.from_file(folder / "data" / "walks", order="file", progress=False)
+    test = log.leave_one_out()[2]
+    queue = json.loads((folder / "queue.json").read_text())
+    queue["runs"] = [{**queue["runs"][2], "grid": {}, "then_seeds": []}, queue["runs"][0]]
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert command(folder) == 0
+    new = np.array([item not in test.history(i) for i, item in enumerate(test.target_items)])
+    assert 0 < new.sum() < len(new)
+    table = quality_comparison.section(folder, folder / "results")
+    assert f"| unseen, {new.sum()} new targets alone | first less this |" in table
+    with np.load(next(folder.glob("results/*recgrela*.npz")), allow_pickle=False) as ranks:
+        assert (ranks["new"] == new).all()
+        mine = ndcg_at_k(ranks["seen_excluded"][new].astype(int), 10).mean()
+    with np.load(next(folder.glob("results/*markov*.npz")), allow_pickle=False) as ranks:
+        theirs = ndcg_at_k(ranks["seen_excluded"][new].astype(int), 10).mean()
+    (row,) = (line for line in table.splitlines() if line.startswith("| ours"))
+    assert row.endswith(f"| {mine:.4f} |  |")
+    (row,) = (line for line in table.splitlines() if line.startswith("| Markov"))
+    assert f"| {theirs:.4f} | {mine - theirs:+.4f} (" in row
 
 
 def test_short_trials_and_long_runs_of_the_best(folder: Path) -> None:
@@ -151,7 +186,7 @@ def test_trials_of_another_queue(folder: Path) -> None:
     assert all(one["config"] == best["config"] | {"num_heads": 2} for one in final)
     assert all(one["epochs"] == 2 for one in final)
     text = quality_comparison.page(folder, folder / "results")
-    assert "| ours | 2/2 | 2 |" in text
+    assert re.search(r"\| ours \| [\d,]+ \| 2/2 \| 2 \|", text)
     assert f"| ours | 2/2 | dropout {best['config']['dropout']} | 1 |" in text
     for change, message in (
         ({"label": "others"}, "have a row of settings.json for run 3"),
