@@ -213,11 +213,11 @@ def some_content() -> dict[str, Any]:
         found = timing if point["part"] == "latency" else size
         if point["model"] == "mamba":
             found = {"missing": "not installed"}
-        points[memory.name_of(point)] = {"point": point, "found": found}
+        points[memory.name_of(point)] = {"point": point, "found": found, "date": "2026-01-02 03:04 UTC"}
     run = {"test": dict.fromkeys(memory_quality.METRICS, 0.05)}
     run["served"] = dict.fromkeys(memory_quality.FORMATS, run["test"])  # type: ignore[assignment]
     return {
-        "machine": {"processor": "a processor", "torch": "2.13.0"},
+        "machine": {"processor": "a processor", "torch": "2.13.0", "build": {"cpu_level": "avx2"}},
         "points": points,
         "quality": {"RecGRELA": {"seeds": [0, 1], "per_seed": [run, run]}},
         "forgetting": {},
@@ -228,6 +228,7 @@ def test_tables_and_targets(tmp_path: Path) -> None:
     (tmp_path / "memory.json").write_text(json.dumps(some_content()))
     text = memory_tables.section(tmp_path)
     # three processes of 1, 2 and 3 ms: the median
+    assert "avx2 kernels, torch 2.13.0, float32, measured 2026-01-02 (" in text
     assert "| SASRec, KV cache | 410 KB | 2.05 GB | 500 KB | 500 KB | 2 ms | 2 ms |" in text
     assert "| Mamba (mambapy), step |" in text
     assert "not installed" in text
