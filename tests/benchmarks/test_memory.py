@@ -213,7 +213,8 @@ def some_content() -> dict[str, Any]:
         found = timing if point["part"] == "latency" else size
         if point["model"] == "mamba":
             found = {"missing": "not installed"}
-        points[memory.name_of(point)] = {"point": point, "found": found, "date": "2026-01-02 03:04 UTC"}
+        date = "2026-01-02 03:04 UTC"
+        points[memory.name_of(point)] = {"point": point, "found": found, "date": date}
     run = {"test": dict.fromkeys(memory_quality.METRICS, 0.05)}
     run["served"] = dict.fromkeys(memory_quality.FORMATS, run["test"])  # type: ignore[assignment]
     return {
