@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.quality_queue import Queue, read_queue
 from python_examples import rank_analysis
 from recgrela_ext import RecGRELA, Sequences
@@ -18,23 +20,29 @@ PICTURE = "ranks.png"
 TEXT = f"""\
 ## Ranks of attention and features
 
-Over the last {LENGTH} items of {{users}} users, mean ± deviation over the users, both averaged over
-the seeds; a head is 16 wide, the features 64. "Above 1e-3" counts singular values above a
-thousandth of the largest, "entropy rank" is exp of the entropy of their shares;
-python_examples/rank_analysis.py says what each matrix is, and measures a log of yours. The paper's
-Figure 9 has one picture of the last layer's output on ML-1M: 58 of 64, 32 without rank augmentation
-and gate, 47 for LinRec. A higher rank is no better ranking by itself: NDCG@10 stands beside it."""
+Over the last {LENGTH} items of the first {{users}} users who have as many, mean ± deviation over
+the users, both averaged over the seeds; a head is 16 wide, the features 64. "Above 1e-3" counts
+singular values above a thousandth of the largest, "entropy rank" is exp of the entropy of their
+shares; python_examples/rank_analysis.py says what each matrix is, and measures a log of yours. The
+paper's Figure 9 has one picture of the last layer's output on ML-1M: 58 of 64, 32 without rank
+augmentation and gate, 47 for LinRec. A higher rank is no better ranking by itself: NDCG@10 stands
+beside it."""
 
 
-def measured(model: RecGRELA, train: Sequences, users: int) -> dict[str, Any]:
-    """Mean and deviation over users, [layers][matrices][2], of a trained model.
+def histories_of(train: Sequences, users: int) -> list[np.ndarray]:
+    """What a run measures on.
 
     Raises:
         SystemExit: no history is long enough.
     """
     histories = rank_analysis.long_histories(train, users, LENGTH)
-    if not histories:
+    if users and not histories:
         raise SystemExit(f"quality: rank_users asks for users with {LENGTH} items, got none")
+    return histories
+
+
+def measured(model: RecGRELA, histories: list[np.ndarray]) -> dict[str, Any]:
+    """Mean and deviation over users, [layers][matrices][2], of a trained model."""
     values = rank_analysis.measure(model, histories)
     return {"users": len(histories), "length": LENGTH, "mean": values.mean(0).tolist(),
             "deviation": values.std(0).tolist()}  # fmt: skip
@@ -58,19 +66,20 @@ def _measured_queues(queues: Path, results: Path) -> list[tuple[Queue, list[dict
 
 def section(queues: Path, results: Path) -> str:
     """Markdown; empty where nothing was measured."""
-    parts = []
-    for queue, rows in _measured_queues(queues, results):
-        parts += [f"**{queue.title}**", rank_analysis.table(rows)]
-    if not parts:
+    found = _measured_queues(queues, results)
+    if not found:
         return ""
-    users = max(row["users"] for _, rows in _measured_queues(queues, results) for row in rows)
+    parts = [part for queue, rows in found
+             for part in (f"**{queue.title}**", rank_analysis.table(rows))]  # fmt: skip
+    users = max(row["users"] for _, rows in found for row in rows)
     picture = [f"![Entropy rank by layer]({PICTURE})"] if (results / PICTURE).exists() else []
     return "\n\n".join([TEXT.format(users=users), *parts, *picture])
 
 
 def draw(queues: Path, results: Path, folder: Path) -> Path | None:
     """The picture of the first queue that was measured, in `folder`; None where there is none."""
-    for _, rows in _measured_queues(queues, results):
-        rank_analysis.picture(rows, folder / PICTURE)
-        return folder / PICTURE
-    return None
+    found = _measured_queues(queues, results)
+    if not found:
+        return None
+    rank_analysis.picture(found[0][1], folder / PICTURE)
+    return folder / PICTURE

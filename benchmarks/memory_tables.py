@@ -79,10 +79,10 @@ def section(folder: Path) -> str:
         return NOT_YET
     figures = Figures(content)
     facts = content["machine"]
-    dates = sorted({point["date"][:10] for point in content["points"].values()})
+    dates = [point["date"][:10] for point in content["points"].values()]
     head = (
         f"One thread of {facts['processor']}, {facts['build']['cpu_level']} kernels, torch "
-        f"{facts['torch']}, float32, measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} "
+        f"{facts['torch']}, float32, measured {' to '.join(sorted({min(dates), max(dates)}))} "
         f"([memory.json](benchmarks/results/memory.json)). Peaks are the growth of a process's "
         f"memory after weights; times are processor time, medians."
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality_queue import COUNTING, Queue, Row, Run, read_queue
-from benchmarks.quality_tests import TIE, Difference, holm, paired_difference
+from benchmarks.quality_tests import ALPHA, TIE, Difference, holm, paired_difference
 from recgrela_ext.evaluation.metrics import ndcg_at_k
 
 OURS = "RecGRELA"
@@ -28,11 +28,13 @@ seen items stay in the ranking, or ("unseen") are left out of it, but for the ta
 our own code after the papers (docs/quality.md, Models), none of it compared with its authors'
 figures. The setting of a row is the best of its trials on validation (learning rate x dropout, the
 same number of targets and the same patience for all), of this table or of the one that its note
-names, and is then run with more seeds. ± is the standard deviation over seeds. A difference is
-that of the first row less this one: the mean over users of NDCG@10 averaged over seeds, its 95 %
-interval from a bootstrap over users and seeds, paired by user, and p after Holm, which cannot fall
-below 0.001 times the number of rows. Differences below {TIE} are called a tie, also significant
-ones, as are those whose interval holds 0; before a row has all its trials nothing is called."""
+names, and is then run with more seeds; where no trials are counted, none were made. ± is the
+standard deviation over seeds. A difference is that of the first row less this one: the mean over
+users of NDCG@10 averaged over seeds, and its 95 % interval from a bootstrap over users and seeds,
+paired by user; of one seed it holds the chance of the users alone. p is Holm-adjusted over the rows
+that are done, so it cannot fall below 0.001 times their number. A difference is called a tie below
+{TIE}, even if significant, where its interval holds 0, and where p is above {ALPHA}. Rows with
+runs still to be made are not judged."""
 NONE_YET = "No model has been trained by a quality queue yet."
 SCREENS = """\
 One change of the recipe at a time, judged on validation; no test figure is shown, so that none is
@@ -40,9 +42,9 @@ chosen by it. One seed each: a change is believed after two. Loss is that of the
 training and is comparable between rows of the same loss alone."""
 COMMAND = "python -m benchmarks readme"
 CURVES = "curves.png"  # of quality_plots.py
-UNFINISHED = "trials unfinished"
-NEW = """ Where a target is itself among the seen items, "unseen" asks only that it beats those that
-are not; what a list of new items is worth, the last columns tell."""
+UNFINISHED = "runs unfinished"
+NEW = """ In the unseen view a target that its user has met competes only with items he has not met,
+so it tells how far a model trusts repeats; the last columns hold the other targets alone."""
 
 
 class Setting:
@@ -50,33 +52,37 @@ class Setting:
 
     def __init__(self, row: Row, runs: list[Run], results: Path) -> None:
         self.row = row
+        self.is_done = all(run.result(results) is not None for run in row.runs(results))
         found = [run.result(results) for run in runs]
         self.results: list[dict[str, Any]] = [result for result in found if result is not None]
         self.model = runs[0].model
         self.names = [run.name for run in runs]
-        self.done = sum(run.result(results) is not None for run in row.trials)
+        self.done = len({run.setting for run in row.trials if run.result(results) is not None})
+        self.trials = len({run.setting for run in row.trials})
         self.ndcg = {view: [] for view in VIEWS}
         self.new: np.ndarray | None = None  # which targets are, where it is told and not all are
         for run in runs:
             with np.load(results / f"{run.name}.npz", allow_pickle=False) as ranks:
                 for view in VIEWS:
                     self.ndcg[view].append(_by_user(ranks, view))
-                if "new" in ranks and "user" not in ranks:
+                if "new" in ranks and "user" not in ranks and ranks["new"].any():
                     self.new = ranks["new"]
 
     @property
     def trained(self) -> bool:
         return self.model not in COUNTING
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all its trials are."""
-        return self.done == len(self.row.trials)
-
     def mean(self, metric: str) -> tuple[float, float]:
         """Mean over the seeds, and their standard deviation (0 for one seed)."""
-        values = [result["mean"][metric] for result in self.results]
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return _over_seeds([result["mean"][metric] for result in self.results])
+
+    def mean_of(self, view: str, users: np.ndarray) -> tuple[float, float]:
+        """The same of NDCG@10 of some users."""
+        return _over_seeds([float(values[users].mean()) for values in self.ndcg[view]])
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _by_user(ranks: Any, view: str) -> np.ndarray:
@@ -194,56 +200,50 @@ def _by_test(queue: Queue) -> dict[str, list[Row]]:
 
 def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) -> str:
     ours = next((s for s in done if s.model == OURS), None)
-    others = [s for s in done if s is not ours]
-    ordered = [ours, *others] if ours else others
+    ordered = [s for s in done if s is ours] + [s for s in done if s is not ours]
     head = ["", "parameters", "trials", "seeds"]
     cells = [
         [
             setting.row.label,
-            f"{setting.results[0].get('parameters', ''):,}" if setting.trained else "",
-            f"{setting.done}/{len(setting.row.trials)}",
+            f"{setting.results[0]['parameters']:,}" if setting.trained else "",
+            f"{setting.done}/{setting.trials}" if setting.trials > 1 else "",
             str(len(setting.results)),
         ]
         for setting in ordered
     ]
-    for view, name in zip(VIEWS, ("NDCG@10", "NDCG@10, unseen"), strict=True):
-        head += [name, "first less this", "", "p"]
-        for mine, setting in zip(cells, ordered, strict=True):
-            mine.append(_figure(*setting.mean(f"{view}/ndcg@10"), len(setting.results)))
-        for mine, told in zip(cells, _told(ours, others, view), strict=True):
-            mine += told
+    everyone = np.ones(len(ordered[0].ndcg[VIEWS[0]][0]), bool)
     new = next((setting.new for setting in done if setting.new is not None), None)
+    columns = [("NDCG@10", VIEWS[0], everyone), ("NDCG@10, unseen", VIEWS[1], everyone)]
     if new is not None:
-        head += [f"unseen, {new.sum():,} new targets alone", "first less this"]
-        for mine, setting, told in zip(
-            cells, ordered, _told(ours, others, "seen_excluded", new), strict=True
-        ):
-            means = [values[new].mean() for values in setting.ndcg["seen_excluded"]]
-            deviation = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-            mine += [_figure(float(np.mean(means)), deviation, len(means)), told[0]]
+        columns.append((f"unseen, {new.sum():,} targets not met before", VIEWS[1], new))
+    for name, view, users in columns:
+        head += [name, "first less this", "", "p"]
+        differences = _differences(ours, ordered, view, users)
+        for mine, setting, told in zip(cells, ordered, differences, strict=True):
+            of_all = setting.mean(f"{view}/ndcg@10")
+            figure = of_all if users.all() else setting.mean_of(view, users)
+            mine += [_figure(*figure, len(setting.results)), *told]
     lines = [f"| {' | '.join(line)} |" for line in [head, *cells]]
     lines.insert(1, "|---" * len(head) + "|")
     heading = _heading(queue, rows[0].shown, done[0].results[0])
-    note = [f"{queue.note}{NEW if new is not None else ''}".strip()]
-    return "\n".join([heading, "", *([*note, ""] if note[0] else []), *lines, "",
-                      _not_run(rows, done, results)])  # fmt: skip
+    note = queue.note + (NEW if new is not None else "")
+    parts = [heading, note.strip(), "\n".join(lines), _not_run(rows, done, results)]
+    return "\n\n".join(filter(None, parts))
 
 
-def _told(
-    ours: Setting | None, others: list[Setting], view: str, users: np.ndarray | slice = slice(None)
+def _differences(
+    ours: Setting | None, rows: list[Setting], view: str, users: np.ndarray
 ) -> list[list[str]]:
-    """Difference, verdict and p for every row; empty for the first."""
-    if ours is None:
-        return [["", "", ""]] * len(others)
-    found = compare(ours, others, view, users)
-    return [["", "", ""]] + [
-        [
-            f"{one.value:+.4f} ({one.low:+.4f} to {one.high:+.4f})",
-            one.verdict if other.is_done and ours.is_done else UNFINISHED,
-            f"{one.p:.3f}",
-        ]
-        for other, one in zip(others, found, strict=True)
-    ]
+    """Difference, verdict and p of every row; empty for ours, and for all without it."""
+    told = {id(row): ["", "", ""] for row in rows}
+    for finished in (True, False) if ours else ():
+        of = [s for s in rows if s is not ours and s.is_done == finished]
+        for other, one in zip(of, compare(ours, of, view, users), strict=True):  # type: ignore[arg-type]
+            cells = [f"{one.value:+.4f} ({one.low:+.4f} to {one.high:+.4f})", UNFINISHED, ""]
+            if finished and ours and ours.is_done:
+                cells[1:] = one.verdict, f"{one.p:.3f}"
+            told[id(other)] = cells
+    return list(told.values())
 
 
 def _heading(queue: Queue, run: Run, result: dict[str, Any]) -> str:

@@ -211,6 +211,9 @@ def read_queue(path: Path) -> Queue:
         split = entry.get("split", "leave_one_out")
         need(split in SPLITS, f"name a split out of {', '.join(SPLITS)} in run {number}")
         order = entry["order"] + ("-time" if split == "time" else "")
+        if entry.get("rank_users"):
+            ours = entry["model"] == "RecGRELA" and not entry["config"].get("repeat_bias")
+            need(ours, f"ask rank_users of a plain RecGRELA alone, got it in run {number}")
         known = queue["targets"].get(entry["data"], {})
         need(order in known, f"give the targets' sha256 of {entry['data']}, order {order}")
         sha256 = known[order] or ""

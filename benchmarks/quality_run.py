@@ -68,6 +68,7 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
             f"{run.target_sha256[:12]}, got {test.target_sha256[:12]}: its figures are of "
             "another test"
         )
+    histories = feature_ranks.histories_of(train, run.rank_users)
     model = build(run, train)
     commit = machine.commit()  # now: it may be another when the training ends
     facts: dict[str, Any] = {}
@@ -89,7 +90,7 @@ def perform(run: Run, data: Path, work: Path, results: Path) -> None:
                   config=run.config, train=run.train, limits=run.limits, curve=curve, commit=commit,
                   left_out=dict(test.dropped), **facts)  # fmt: skip
     if run.rank_users:
-        result["feature_ranks"] = feature_ranks.measured(model, train, run.rank_users)
+        result["feature_ranks"] = feature_ranks.measured(model, histories)
     results.mkdir(parents=True, exist_ok=True)
     save_ranks(results / f"{run.name}.npz", test, ranks)
     write_result(result, results / f"{run.name}.json")  # last: a run with this file is done

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TIE = 0.005  # a difference below this is called a tie, whatever its p
+ALPHA = 0.05  # and so is one whose p is above this
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """One of: ahead, behind, tie."""
-        if abs(self.value) < TIE or self.low <= 0 <= self.high:
+        if abs(self.value) < TIE or self.low <= 0 <= self.high or self.p > ALPHA:
             return "tie"
         return "ahead" if self.value > 0 else "behind"
 

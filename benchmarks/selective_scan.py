@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benchmarks.machine import ROOT
 
@@ -33,22 +35,28 @@ class Sizes(ctypes.Structure):
 
 @functools.cache
 def compiled(state: int) -> ctypes.CDLL | None:
-    """The library for states of this size; None without a C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
+    """The library for states of this size; None without a C++ compiler.
+
+    Raises:
+        SystemExit: the compiler failed.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
         return None
-    text = SOURCE.read_bytes() + repr((compiler, FLAGS, state)).encode() + _processor()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    text = SOURCE.read_bytes() + version + repr((FLAGS, state)).encode() + _processor()
     library = BUILT / f"selective-scan-{hashlib.sha256(text).hexdigest()[:12]}.so"
     if not library.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILT) as folder:
             part, whole = Path(folder) / "part.o", Path(folder) / "whole.so"
-            # Linked apart: with -ffast-math the link would change the rounding of the process.
+            # Linked apart: with -ffast-math the link may change the rounding of the process.
             for command in (
-                [compiler, *FLAGS, f"-DSTATE={state}", "-c", SOURCE, "-o", part],
-                [compiler, "-shared", part, "-o", whole, "-lm"],
+                [*compiler, *FLAGS, f"-DSTATE={state}", "-c", str(SOURCE), "-o", str(part)],
+                [*compiler, "-shared", str(part), "-o", str(whole), "-lm"],
             ):
-                subprocess.run(command, check=True)
+                if subprocess.run(command, check=False).returncode:
+                    raise SystemExit(f"selective_scan: {shlex.join(command)} failed")
             whole.replace(library)
     return ctypes.CDLL(str(library))
 
@@ -57,12 +65,19 @@ def _processor() -> bytes:
     """What -march=native depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_bytes().splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith(b"flags")), b"")
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
 
 
 def selective_scan(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """y [B, L, I] of u, step [B, L, I]; a [I, N]; b, c [B, L, N]. Compiled for float32 on a CPU."""
     inputs = (u, step, a, b, c)
+    batch, length, inner = u.shape
+    states = batch, length, a.shape[1]
+    if [x.shape for x in inputs[1:]] != [u.shape, (inner, states[-1]), states, states]:
+        raise ValueError(
+            "selective_scan: must get u, step [B, L, I], a [I, N] and b, c [B, L, N], got "
+            f"{[list(x.shape) for x in inputs]}"
+        )
     fits = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in inputs)
     scan = CompiledScan if fits and compiled(a.shape[1]) is not None else LoopScan
     return scan.apply(*inputs)  # type: ignore[no-any-return]
@@ -80,6 +95,7 @@ class CompiledScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         inputs = ctx.saved_tensors
         found = tuple(torch.zeros_like(x) for x in inputs)
@@ -113,6 +129,7 @@ class LoopScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         u, step, a, b, c, states = ctx.saved_tensors
         d_u, d_step, d_a, d_b, d_c = (torch.zeros_like(part) for part in (u, step, a, b, c))

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "attention alone": {"gate": False, "rank_augmentation": False},
 }
 MATRICES = ("attention map", "attention", "output")
+ASKED = ("log", "order", "epochs", "layers", "users", "length")  # what a kept result depends on
 RANKS = ("above 1e-3", "entropy rank")
 
 
@@ -103,8 +104,12 @@ def run(variant: str, seed: int, data: tuple[Sequences, Targets, Targets], histo
     """One model, trained unless it was before, and its figures."""
     place = options.out / f"{variant.replace(' ', '-')}-{seed}"
     known = place / "ranks.json"
+    asked = {name: getattr(options, name) for name in ASKED}
     if known.exists():
         found: dict[str, Any] = json.loads(known.read_text())
+        if found["asked"] != asked:
+            told = ", ".join(f"{name} {found['asked'][name]}" for name in ASKED)
+            raise SystemExit(f"rank_analysis: --out must be of the same options, got {told}")
         return found
     train, valid, test = data
     torch.manual_seed(seed)
@@ -114,7 +119,7 @@ def run(variant: str, seed: int, data: tuple[Sequences, Targets, Targets], histo
     quality = evaluate(model, test, baselines={})["mean"]
     values = measure(model, histories)
     found = {
-        "variant": variant, "seed": seed, "users": len(histories),
+        "asked": asked, "variant": variant, "seed": seed, "users": len(histories),
         "ndcg@10": {view: quality[f"{view}/ndcg@10"] for view in VIEWS},
         "mean": values.mean(0).tolist(), "deviation": values.std(0).tolist(),
     }  # fmt: skip
@@ -192,8 +197,7 @@ def main() -> None:
     runs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
     results = [run(*one, data, long, options) for one in runs]
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = {"data": log.name, "order": log.order, "epochs": options.epochs,
-             "length": options.length, "runs": results}  # fmt: skip
+    facts = {"data": log.name, "runs": results}
     (options.out / "ranks.json").write_text(json.dumps(facts))
     picture(results, options.out / "ranks.png")
     print(table(results))

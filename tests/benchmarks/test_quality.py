@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from benchmarks.item_knn import ItemKNN
 from benchmarks.quality import QUEUES
 from benchmarks.quality_queue import read_queue
 from benchmarks.quality_tests import holm, paired_difference
+from python_examples import rank_analysis
 from recgrela_ext import Interactions
 from recgrela_ext.evaluation.metrics import ndcg_at_k
 from tests.integrations.walks import write_inter
@@ -108,12 +108,12 @@ def test_a_table_says_what_is_missing(folder: Path) -> None:
     assert command(folder, "--only", "recgrela") == 0
     table = quality_comparison.section(folder, folder / "results")
     assert "1 runs of this table have not been made, none of ItemKNN." in table
-    assert "trials unfinished" not in table
+    assert "runs unfinished" not in table
     trial = min((folder / "results").glob("*recgrela*-s0.json"), key=valid_ndcg)  # not the chosen
     trial.unlink()
     table = quality_comparison.section(folder, folder / "results")
     assert "| 1/2 |" in table
-    assert table.count("| trials unfinished |") == 2  # both views of the one other row
+    assert table.count("| runs unfinished |") == 3  # of the one other row
     assert "| ahead |" not in table
 
 
@@ -132,14 +132,14 @@ def test_new_targets_have_columns_of_their_own(folder: Path) -> None:
     new = np.array([item not in test.history(i) for i, item in enumerate(test.target_items)])
     assert 0 < new.sum() < len(new)
     table = quality_comparison.section(folder, folder / "results")
-    assert f"| unseen, {new.sum()} new targets alone | first less this |" in table
+    assert f"| unseen, {new.sum()} targets not met before | first less this |" in table
     with np.load(next(folder.glob("results/*recgrela*.npz")), allow_pickle=False) as ranks:
         assert (ranks["new"] == new).all()
         mine = ndcg_at_k(ranks["seen_excluded"][new].astype(int), 10).mean()
     with np.load(next(folder.glob("results/*markov*.npz")), allow_pickle=False) as ranks:
         theirs = ndcg_at_k(ranks["seen_excluded"][new].astype(int), 10).mean()
     (row,) = (line for line in table.splitlines() if line.startswith("| ours"))
-    assert row.endswith(f"| {mine:.4f} |  |")
+    assert row.endswith(f"| {mine:.4f} |  |  |  |")
     (row,) = (line for line in table.splitlines() if line.startswith("| Markov"))
     assert f"| {theirs:.4f} | {mine - theirs:+.4f} (" in row
 
@@ -272,6 +272,7 @@ def test_ranks_of_features_stand_in_the_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Measured after training, without another name for the run; tables and picture from it."""
+    build = quality_run.build
     queue = json.loads((folder / "queue.json").read_text())
     queue["runs"] = [{**queue["runs"][2], "grid": {}, "then_seeds": []}]
     queue["runs"].append({**queue["runs"][0], "model": "Popularity"})
@@ -284,17 +285,22 @@ def test_ranks_of_features_stand_in_the_result(
     assert feature_ranks.draw(folder, results, folder) is None
     assert command(folder, "--only", "ours") == 1  # no history of the walks is so long
     assert "users with 200 items, got none" in capfd.readouterr().err
+    assert not list((folder / "work").glob("*/*"))  # told before the training
 
-    one = quality.Run(**{**asdict(read_queue_of(folder, queue).rows[0].trials[0]), "seed": 0})
+    one = read_queue_of(folder, queue).rows[0].trials[0]
     monkeypatch.setattr(feature_ranks, "LENGTH", 5)
+    models = []
+    monkeypatch.setattr(quality_run, "build", lambda *_: models.append(build(*_)) or models[-1])
     quality_run.perform(one, folder / "data", folder / "work" / "one", results)
     result = json.loads((results / f"{one.name}.json").read_text())
     ranks = result["feature_ranks"]
     assert (ranks["users"], ranks["length"]) == (2, 5)
-    mean, deviation = np.array(ranks["mean"]), np.array(ranks["deviation"])
-    assert mean.shape == deviation.shape == (1, 3, 2)
-    assert (mean[..., 0] <= 5).all()
-    assert (mean >= 1).all()
+    train = Interactions.from_file(folder / "data" / "walks", order="file").leave_one_out()[0]
+    (model,) = models
+    values = rank_analysis.measure(model, [train.history(i)[-5:] for i in range(2)])
+    mean, deviation = (np.array(ranks[name]) for name in ("mean", "deviation"))
+    np.testing.assert_allclose(mean, values.mean(0))
+    np.testing.assert_allclose(deviation, values.std(0))
     text = feature_ranks.section(folder, results)
     value, width = mean[0, 2, 1], deviation[0, 2, 1]
     assert text.endswith(f"| {value:.1f} ± {width:.1f} |")
@@ -417,8 +423,10 @@ def test_other_targets_are_refused(folder: Path, capfd: pytest.CaptureFixture[st
         ({"runs": [{"model": "x", "data": "d", "order": "o", "seeds": [0]}]}, "targets' sha256"),
         ({"runs": [{"modle": "x"}]}, "known fields in run 1, got modle"),
         ({"targets": None}, "hold targets and runs"),
+        ({"runs": [{"model": "GRU4Rec", "data": "d", "order": "o", "seeds": [0], "rank_users": 2}]},
+         "ask rank_users of a plain RecGRELA alone, got it in run 1"),
     ],
-)
+)  # fmt: skip
 def test_bad_queues(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     content = {"targets": {}, "runs": []} | change
     if content["targets"] is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,17 +92,33 @@ def test_scan_gradients() -> None:
 
 @pytest.mark.parametrize(("length", "state"), [(1, 32), (57, 32), (20, 5)])
 def test_the_compiled_scan_is_the_loop(length: int, state: int) -> None:
+    """Also of views, which are what a block gives it."""
     if selective_scan.compiled(state) is None:
         pytest.skip("no C++ compiler is on the path")
+    u, step, a, b, c = scan_inputs(length, state, torch.float32)
     grad = torch.randn(2, 3, length).transpose(1, 2)
+    both = torch.cat([b, c], -1).detach()
+    b, c = (part.requires_grad_() for part in both.split(state, -1))
+    u = u.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not any(x.is_contiguous() for x in (u, b, c) if length > 1)
     found = {}
     for scan, dtype in ((selective_scan.selective_scan, torch.float32),
                         (selective_scan.LoopScan.apply, torch.float64)):  # fmt: skip
-        inputs = scan_inputs(length, state, torch.float32)
+        inputs = [u, step, a, b, c]
         y = scan(*(x.to(dtype) for x in inputs))
         found[dtype] = [y, *torch.autograd.grad(y, inputs, grad.to(dtype))]
     for ours, wanted in zip(*found.values(), strict=True):
-        torch.testing.assert_close(ours.double(), wanted.double(), rtol=2e-5, atol=2e-6)
+        # the loop is float64: sums that cancel are right to the scale of the whole
+        assert (ours - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("changed", range(1, 5))
+def test_other_shapes_are_refused(changed: int) -> None:
+    """The compiled loop trusts them."""
+    inputs = scan_inputs(6, 4, torch.float32)
+    inputs[changed] = inputs[changed][..., :1]
+    with pytest.raises(ValueError, match=r"must get u, step \[B, L, I\]"):
+        selective_scan.selective_scan(*inputs)
 
 
 def test_without_a_compiler_the_scan_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +140,26 @@ def test_without_a_compiler_the_scan_is_the_loop(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(y, selective_scan.LoopScan.apply(*inputs))
 
 
-def test_compiling_leaves_rounding_alone() -> None:
-    """Numbers below the smallest normal one stay: -ffast-math is not for the process."""
-    selective_scan.compiled(32)
-    assert (torch.tensor([1e-38]) * 1e-3).item() > 0
+def test_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-ffast-math is not for the link, which may change the rounding of the process."""
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls\nexit $FAKE_CODE\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(selective_scan, "BUILT", tmp_path / "built")
+    monkeypatch.setenv("CXX", f"{fake} --fast")
+    monkeypatch.setenv("FAKE_CODE", "1")
+    compile_ = selective_scan.compiled.__wrapped__
+    with pytest.raises(SystemExit, match=r"fake --fast -O3 .* failed"):
+        compile_(4)
+    monkeypatch.setenv("FAKE_CODE", "0")
+    with pytest.raises(OSError, match="whole"):
+        compile_(4)
+    link = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert "-shared" in link
+    assert "fast-math" not in link
+    assert not list((tmp_path / "built").iterdir())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compile_(4) is None
 
 
 def test_selective_block_is_the_recurrence_written_down() -> None:

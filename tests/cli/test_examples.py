@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
 import subprocess
@@ -60,13 +61,18 @@ def test_ranks_are_of_the_matrices_of_the_operator() -> None:
 
 
 def test_ranks_go_on_where_they_were(tmp_path: Path) -> None:
-    """A known result is not measured again."""
+    """A known result is not measured again, and not taken for one of other options."""
     example = runpy.run_path(str(EXAMPLES / "rank_analysis.py"))
     place = tmp_path / "no-gate-0"
     place.mkdir()
-    (place / "ranks.json").write_text('{"known": 1}')
-    options = argparse.Namespace(out=tmp_path)
-    assert example["run"]("no gate", 0, None, [], options) == {"known": 1}
+    asked = dict.fromkeys(example["ASKED"], 1)
+    known = {"known": 1, "asked": asked}
+    (place / "ranks.json").write_text(json.dumps(known))
+    options = argparse.Namespace(out=tmp_path, **asked)
+    assert example["run"]("no gate", 0, None, [], options) == known
+    options.epochs = 2
+    with pytest.raises(SystemExit, match=r"--out must be of the same options, got .*epochs 1"):
+        example["run"]("no gate", 0, None, [], options)
 
 
 def test_the_index_lists_every_example() -> None:
