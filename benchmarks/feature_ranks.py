@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_queue import Queue, read_queue
+from benchmarks.quality_comparison import read_queues
+from benchmarks.quality_queue import Queue
 from python_examples import rank_analysis
 from recgrela_ext import RecGRELA, Sequences
 
@@ -60,8 +61,7 @@ def _rows(queue: Queue, results: Path) -> list[dict[str, Any]]:
 
 
 def _measured_queues(queues: Path, results: Path) -> list[tuple[Queue, list[dict[str, Any]]]]:
-    read = [read_queue(path) for path in sorted(queues.glob("*.json"))]
-    return [(queue, rows) for queue in read if (rows := _rows(queue, results))]
+    return [(queue, rows) for queue in read_queues(queues) if (rows := _rows(queue, results))]
 
 
 def section(queues: Path, results: Path) -> str:

@@ -102,11 +102,12 @@ def settings_of(rows: list[Row], results: Path) -> list[Setting]:
 
 
 def compare(
-    ours: Setting, others: list[Setting], view: str, users: np.ndarray | slice = slice(None)
+    ours: Setting, others: list[Setting], view: str, users: np.ndarray | None = None
 ) -> list[Difference]:
     """Of NDCG@10 of all or of some users, ours less theirs; p corrected over the others."""
-    mine = np.stack(ours.ndcg[view])[:, users]
-    found = [paired_difference(mine, np.stack(other.ndcg[view])[:, users]) for other in others]
+    which = slice(None) if users is None else users
+    mine = np.stack(ours.ndcg[view])[:, which]
+    found = [paired_difference(mine, np.stack(other.ndcg[view])[:, which]) for other in others]
     corrected = holm([one.p for one in found])
     return [dataclasses.replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
@@ -186,7 +187,7 @@ def comparison(queue: Queue, results: Path) -> list[str]:
     tables = []
     for rows in _by_test(queue).values():
         done = settings_of(rows, results)
-        if any(setting.model not in COUNTING for setting in done):
+        if any(setting.trained for setting in done):
             tables.append(_table(queue, rows, done, results))
     return tables
 
@@ -211,17 +212,16 @@ def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) ->
         ]
         for setting in ordered
     ]
-    everyone = np.ones(len(ordered[0].ndcg[VIEWS[0]][0]), bool)
     new = next((setting.new for setting in done if setting.new is not None), None)
-    columns = [("NDCG@10", VIEWS[0], everyone), ("NDCG@10, unseen", VIEWS[1], everyone)]
+    columns = [("NDCG@10", VIEWS[0], None), ("NDCG@10, unseen", VIEWS[1], None)]
     if new is not None:
         columns.append((f"unseen, {new.sum():,} targets not met before", VIEWS[1], new))
     for name, view, users in columns:
         head += [name, "first less this", "", "p"]
         differences = _differences(ours, ordered, view, users)
         for mine, setting, told in zip(cells, ordered, differences, strict=True):
-            of_all = setting.mean(f"{view}/ndcg@10")
-            figure = of_all if users.all() else setting.mean_of(view, users)
+            of_all = users is None
+            figure = setting.mean(f"{view}/ndcg@10") if of_all else setting.mean_of(view, users)
             mine += [_figure(*figure, len(setting.results)), *told]
     lines = [f"| {' | '.join(line)} |" for line in [head, *cells]]
     lines.insert(1, "|---" * len(head) + "|")
@@ -232,15 +232,17 @@ def _table(queue: Queue, rows: list[Row], done: list[Setting], results: Path) ->
 
 
 def _differences(
-    ours: Setting | None, rows: list[Setting], view: str, users: np.ndarray
+    ours: Setting | None, rows: list[Setting], view: str, users: np.ndarray | None
 ) -> list[list[str]]:
     """Difference, verdict and p of every row; empty for ours, and for all without it."""
     told = {id(row): ["", "", ""] for row in rows}
-    for finished in (True, False) if ours else ():
+    if ours is None:
+        return list(told.values())
+    for finished in (True, False):  # apart: p is corrected over the finished alone
         of = [s for s in rows if s is not ours and s.is_done == finished]
-        for other, one in zip(of, compare(ours, of, view, users), strict=True):  # type: ignore[arg-type]
+        for other, one in zip(of, compare(ours, of, view, users), strict=True):
             cells = [f"{one.value:+.4f} ({one.low:+.4f} to {one.high:+.4f})", UNFINISHED, ""]
-            if finished and ours and ours.is_done:
+            if finished and ours.is_done:
                 cells[1:] = one.verdict, f"{one.p:.3f}"
             told[id(other)] = cells
     return list(told.values())

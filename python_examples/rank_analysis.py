@@ -107,8 +107,9 @@ def run(variant: str, seed: int, data: tuple[Sequences, Targets, Targets], histo
     asked = {name: getattr(options, name) for name in ASKED}
     if known.exists():
         found: dict[str, Any] = json.loads(known.read_text())
-        if found["asked"] != asked:
-            told = ", ".join(f"{name} {found['asked'][name]}" for name in ASKED)
+        kept = found.get("asked", {})
+        if kept != asked:
+            told = ", ".join(f"{name} {value}" for name, value in kept.items()) or "none told"
             raise SystemExit(f"rank_analysis: --out must be of the same options, got {told}")
         return found
     train, valid, test = data
