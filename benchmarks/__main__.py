@@ -46,7 +46,12 @@ Run from the root of the repository, on a machine that does nothing else.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code."""
     options = parser().parse_args(argv)
-    result: int = options.run(options)
+    try:
+        result: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return result
 
 

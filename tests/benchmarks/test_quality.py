@@ -397,6 +397,18 @@ def test_two_queues_share_the_runs(folder: Path) -> None:
     assert len(list(folder.glob("results/*.json"))) == 1
 
 
+def test_a_reader_that_leaves(folder: Path) -> None:
+    """As in `--list | head`: exit code 1 and no traceback."""
+    end, pipe = os.pipe()
+    os.close(end)
+    arguments = ["quality", "--queue", str(folder / "queue.json"), "--list"]
+    with os.fdopen(pipe, "wb") as gone:
+        process = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT,
+                                 stdout=gone, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr
+
+
 def wait_for(holds: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
