@@ -43,7 +43,6 @@ def main() -> None:
         "num_heads": 4,
         "num_layers": options.num_layers,
         "dropout_prob": 0.1,
-        "drop_path": 0.1,
         "loss_type": "CE",
         "train_neg_sample_args": None,
         "epochs": options.epochs,

@@ -204,7 +204,7 @@ def _add_model(group: Any) -> None:
     group.add_argument("--num-heads", type=_whole, metavar="N", help="default 4")
     group.add_argument("--max-seq-len", type=_whole, metavar="N", help="items read; default 200")
     group.add_argument("--dropout", type=_number, metavar="P", help="default 0.1")
-    group.add_argument("--drop-path", type=_number, metavar="P", help="default 0.1")
+    group.add_argument("--drop-path", type=_number, metavar="P", help="default 0, with --paper 0.1")
     group.add_argument(
         "--repeat-bias",
         action="store_true",

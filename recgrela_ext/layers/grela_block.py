@@ -135,7 +135,7 @@ class GRELABlock(nn.Module):
         *,
         conv_width: int = 4,
         dropout: float = 0.1,
-        drop_path: float = 0.1,
+        drop_path: float = 0.0,
         layer_norm_eps: float = 1e-6,
         eps: float = 1e-6,
         causal: bool = True,

@@ -24,7 +24,7 @@ def test_defaults_are_those_of_the_specification() -> None:
         4,
         4,
     )
-    assert (config.dropout, config.drop_path, config.layer_norm_eps) == (0.1, 0.1, 1e-6)
+    assert (config.dropout, config.drop_path, config.layer_norm_eps) == (0.1, 0.0, 1e-6)
     assert config.causal
     assert not config.attend_padding
     assert not config.final_norm
@@ -35,7 +35,7 @@ def test_paper_is_the_published_model() -> None:
     config = RecGRELAConfig.paper(n_items=10)
     assert not config.causal
     assert config.attend_padding
-    assert config.layer_norm_eps == 1e-12
+    assert (config.dropout, config.drop_path, config.layer_norm_eps) == (0.1, 0.1, 1e-12)
     assert not config.published_single_layer
     assert config.variant == "published"
     assert RecGRELAConfig.paper(n_items=10, num_layers=1).published_single_layer
