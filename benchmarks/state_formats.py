@@ -1,6 +1,6 @@
 """What a user state loses in each format at rest, by the number of conversions.
 
-    recgrela train --data ml-1m.inter --order file --minutes 8 --dropout 0 --drop-path 0 \
+    recgrela train --data ml-1m.inter --order file --minutes 8 --dropout 0 --no-repeat-bias \
         --schedule linear --decay 0.3 --patience 100 --eval-every 4 --threads 1 --out runs/states
     python benchmarks/state_formats.py --model runs/states
 

@@ -207,10 +207,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--drop-path", type=_number, metavar="P", help="default 0, with --paper 0.1")
     group.add_argument(
         "--repeat-bias",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=None,
         help="learn nine numbers that are added to the scores of items a user has met, by how "
-        "recently; not in the paper",
+        "recently; not in the paper; default: yes for the causal model and the softmax loss",
     )
 
 

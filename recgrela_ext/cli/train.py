@@ -99,18 +99,22 @@ def _model(
 
     given = {name: getattr(options, name) for name in _MODEL}
     given = {name: value for name, value in given.items() if value is not None}
-    facts = {"repeat_share": train.repeat_share, **given}
+    biased = not options.paper and recipe.loss == "softmax"  # no other loss trains it
+    facts = {"repeat_share": train.repeat_share, "repeat_bias": biased, **given}
     make = RecGRELAConfig.paper if options.paper else RecGRELAConfig
     config = make(train.n_items, **facts)
-    _check_memory(config, recipe, device)
+    _check_memory(config, recipe, device, int(train.lengths.max()))
     torch.manual_seed(options.seed)  # the initial weights
     model = RecGRELA(config)
     model.id_map = train.id_map
     return model
 
 
-def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str) -> None:
-    """The system kills a process that takes more than there is, and says nothing."""
+def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str, longest: int) -> None:
+    """The system kills a process that takes more than there is, and says nothing.
+
+    `longest`: items of the longest history.
+    """
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -125,6 +129,11 @@ def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str) -> N
         if recipe.loss == "sampled":
             needed += 4 * recipe.targets_per_step * recipe.num_negatives
             what.append("scores of the negatives")
+        if config.repeat_bias:  # 40 bytes for each item before each position of a pass
+            window = min(config.max_seq_len, longest)
+            positions = max(window, min(recipe.targets_per_step, recipe.positions_per_pass))
+            needed += 40 * positions * window // 2
+            what.append("what each position has met (--no-repeat-bias spares it)")
     if needed > there:
         raise ValueError(
             f"train: the model must fit in this machine's memory of {there / 2**30:,.1f} GiB, got "

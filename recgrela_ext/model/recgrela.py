@@ -89,11 +89,16 @@ class RecGRELA(nn.Module):
     def for_data(cls, train: Sequences, **overrides: Any) -> RecGRELA:
         """A model for this training data: item count, id map and share of repeats taken from it.
 
-        `overrides` are fields of `RecGRELAConfig`.
+        `overrides` are fields of `RecGRELAConfig`. A causal model gets a repeat bias, which only
+        the softmax loss trains; for the other losses make it with `repeat_bias=False`.
         """
         if not hasattr(train, "n_items"):
             raise TypeError(f"RecGRELA.for_data: train must be Sequences, got {shown(train)}")
-        facts = {"n_items": train.n_items, "repeat_share": train.repeat_share}
+        facts = {
+            "n_items": train.n_items,
+            "repeat_share": train.repeat_share,
+            "repeat_bias": bool(overrides.get("causal", True)),
+        }
         model = cls(RecGRELAConfig(**{**facts, **overrides}))
         model.id_map = train.id_map
         return model

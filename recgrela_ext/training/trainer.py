@@ -440,7 +440,8 @@ def _check_arguments(
         raise TypeError(f"fit: model must have an item_embedding, got {type(model).__name__}")
     if isinstance(getattr(model, "repeat_bias", None), RepeatBias) and config.loss != "softmax":
         raise ValueError(
-            f"fit: loss must be softmax for a model with a repeat bias, got {config.loss}"
+            "fit: loss must be softmax for a model with a repeat bias (repeat_bias=False makes one "
+            f"without), got {config.loss}"
         )
     weights = list(model.parameters())
     if not any(weight.requires_grad for weight in weights):

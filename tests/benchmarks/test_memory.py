@@ -180,7 +180,7 @@ def test_heavy_users_of_saved_models(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         models += ["--model", str(tmp_path / seed)]
         options = ["--hidden-size", "8", "--num-layers", "1", "--num-heads", "1", "--steps", "30",
-                    "--lr", "0.03"]  # fmt: skip
+                    "--lr", "0.03", "--no-repeat-bias"]  # fmt: skip
         assert (
             cli(["train", "--data", str(log), "--out", models[-1], "--seed", seed, *options]) == 0
         )

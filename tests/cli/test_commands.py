@@ -102,6 +102,25 @@ def test_paper(recgrela: Recgrela, events: Path, tmp_path: Path) -> None:
     assert exported.code == 0, exported.err
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], True),
+        (["--no-repeat-bias"], False),
+        (["--loss", "sampled"], False),
+        (["--paper"], False),
+        (["--paper", "--no-repeat-bias"], False),
+    ],
+)
+def test_repeat_bias_where_it_can_be_trained(
+    recgrela: Recgrela, events: Path, tmp_path: Path, options: list[str], wanted: bool
+) -> None:
+    train = ["train", "--data", events, "--out", tmp_path, "--steps", 1, *SMALL, *options]
+    answer = recgrela(*train)
+    assert answer.code == 0, answer.err
+    assert RecGRELA.from_pretrained(tmp_path).config.repeat_bias is wanted
+
+
 def test_evaluate(recgrela: Recgrela, trained: Path, tmp_path: Path) -> None:
     answer = recgrela("evaluate", "--model", trained, "--json", tmp_path / "t.json", "-k", 1, 20)
     assert answer.code == 0, answer.err

@@ -67,6 +67,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
         ["--loss", "sampled", "--num-negatives", str(2 * 10**9)],
         "the model must fit in this machine's memory of",
     ),
+    "a loss that trains no bias": (
+        ["--loss", "sampled", "--repeat-bias"],
+        "loss must be softmax for a model with a repeat bias",
+    ),
     "unknown option": (["--layers", "3"], "unrecognized arguments: --layers 3"),
 }
 

@@ -241,11 +241,17 @@ def test_for_data_takes_the_facts_of_the_data() -> None:
         repeat_share = 0.25
         id_map = object()
 
-    model = RecGRELA.for_data(Train(), hidden_size=8, num_heads=2)  # type: ignore[arg-type]
+    def make(**overrides: bool) -> RecGRELA:
+        return RecGRELA.for_data(Train(), hidden_size=8, num_heads=2, **overrides)  # type: ignore[arg-type]
+
+    model = make()
     assert model.config.n_items == 12
     assert model.config.repeat_share == 0.25
     assert model.config.hidden_size == 8
     assert model.id_map is Train.id_map
+    assert model.config.repeat_bias
+    assert not make(repeat_bias=False).config.repeat_bias
+    assert not make(causal=False).config.repeat_bias
 
 
 def test_distributed_data_parallel(make_model: MakeModel) -> None:
