@@ -14,7 +14,6 @@ from recgrela_ext.errors import DataError, shown
 from recgrela_ext.modes import evaluating
 
 _USERS_PER_BATCH = 64
-_REPEATS_KEEP_SEEN = 0.01  # above this share of repeats "auto" keeps seen items, as the model does
 
 
 class Recommended(TypedDict):
@@ -131,8 +130,7 @@ def _recommend(
             f"got {model.config.padding_idx}"
         )
     if exclude_seen == "auto":
-        share = model.config.repeat_share
-        exclude_seen = share is None or share <= _REPEATS_KEEP_SEEN
+        exclude_seen = not model.config.keeps_seen
     lines: list[Recommended] = []
     lists = _top_lists(model, histories, k, bool(exclude_seen))
     for user, (items, scores) in zip(users, lists, strict=True):

@@ -30,6 +30,7 @@ _LARGEST = {
     "max_seq_len": 1 << 40,
 }
 _LARGEST_TABLE = 1 << 40
+_MANY_REPEATS = 0.01  # share of repeated events from which seen items stay recommendable
 _SHARES = ("dropout", "drop_path")
 _POSITIVE = ("rotary_base", "initializer_range")
 _EPSILONS = ("layer_norm_eps", "eps")
@@ -217,6 +218,11 @@ class RecGRELAConfig:
     def head_dim(self) -> int:
         """Width of one head, hidden_size / num_heads."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def keeps_seen(self) -> bool:
+        """What `exclude_seen="auto"` means: whether lists may hold items that the user has met."""
+        return self.repeat_share is not None and self.repeat_share > _MANY_REPEATS
 
     @property
     def variant(self) -> str:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ..data import IdMap, Sequences
 
 _PACK_BELOW = 0.95  # share of real items from which packing is not worth a copy
-_MANY_REPEATS = 0.01  # share of repeated events from which seen items stay recommendable
 
 
 class RecGRELA(nn.Module):
@@ -384,8 +383,7 @@ class RecGRELA(nn.Module):
 
     def _excludes(self, exclude_seen: bool | str) -> bool:
         if isinstance(exclude_seen, str) and exclude_seen == "auto":
-            share = self.config.repeat_share
-            return share is None or share <= _MANY_REPEATS
+            return not self.config.keeps_seen
         if not isinstance(exclude_seen, bool):
             raise ValueError(
                 "RecGRELA.recommend: exclude_seen must be True, False or 'auto', "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recgrela_ext import RecGRELAConfig
 from recgrela_ext.data.sequences import IdMap, Sequences
 from recgrela_ext.errors import DataError
 from recgrela_ext.evaluation import (
@@ -22,9 +23,7 @@ class Nearest(torch.nn.Module):
 
     def __init__(self, n_items: int = 7, max_seq_len: int = 3, share: float | None = None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(
-            n_items=n_items, max_seq_len=max_seq_len, repeat_share=share, padding_idx=0
-        )
+        self.config = RecGRELAConfig(n_items, max_seq_len=max_seq_len, repeat_share=share)
         self.item_embedding = torch.nn.Embedding(n_items, 2)
         self.widths: list[int] = []
 
@@ -35,7 +34,7 @@ class Nearest(torch.nn.Module):
     def recommend_from_hidden(
         self, hidden: torch.Tensor, k: int, seen: torch.Tensor, exclude_seen: bool
     ) -> SimpleNamespace:
-        scores = -(torch.arange(self.config.n_items)[None] - hidden).abs().float()
+        scores = -(torch.arange(self.config.rows)[None] - hidden).abs().float()
         if exclude_seen:
             scores.scatter_(1, seen, -torch.inf)
         scores[:, 0] = -torch.inf
