@@ -238,10 +238,9 @@ class _HistoryBias:
         everything = torch.from_numpy(np.concatenate(histories).astype(np.int64)).to(device)
         ends = torch.tensor([len(history) for history in histories], device=device).cumsum(0)
         begins = torch.nn.functional.pad(ends[:-1], (1, 0))
-        offsets, items, values = spans(everything, begins, ends)
-        row = torch.arange(len(histories), device=device).repeat_interleave(offsets.diff())
-        self.items, order = items.sort(stable=True)
-        self.row, self.values = row[order], values[order]
+        bias = spans(everything, begins, ends)
+        self.items, order = bias.items.sort(stable=True)
+        self.row, self.values = bias.rows()[order], bias.values[order]
 
     def added(self, start: int, scores: torch.Tensor) -> torch.Tensor:
         """Scores ``[b, c]`` of the items from ``start`` on, changed in place."""

@@ -304,9 +304,9 @@ class RecGRELA(nn.Module):
             spans = self.repeat_bias.of_spans
             if not torch.is_grad_enabled():
                 spans = self.repeat_bias.ranked_spans
-            offsets, items, values = spans(items, begin, end)
-            row = torch.arange(len(seen), device=items.device).repeat_interleave(offsets.diff())
-            scores = scores.index_put((row, items), values.to(scores.dtype), accumulate=True)
+            bias = spans(items, begin, end)
+            values = bias.values.to(scores.dtype)
+            scores = scores.index_put((bias.rows(), bias.items), values, accumulate=True)
         if self.config.attend_padding:
             return scores
         padding = torch.arange(self.config.rows, device=scores.device) == self.config.padding_idx

@@ -43,6 +43,12 @@ class LogitBias(NamedTuple):
     items: Tensor  # [K] int64, 0 to N - 1
     values: Tensor  # [K] in the dtype of the logits
 
+    def rows(self) -> Tensor:
+        """The row of each value, ``[K]`` int64."""
+        counts = self.offsets.diff()
+        rows = torch.arange(len(counts), device=counts.device)
+        return rows.repeat_interleave(counts, output_size=len(self.items))
+
 
 _CHUNK = 64
 _DROPOUT_BLOCK = 1024  # kDropoutBlock of csrc/cpu/kernels.h
@@ -415,10 +421,9 @@ def softmax_loss(
     table = table.index_fill(0, excluded, 0.0)  # it may hold anything
     scores = h @ table.t()  # [R, N]
     if bias is not None:
-        counts = bias.offsets.diff()
-        row = (kept.cumsum(0) - 1).repeat_interleave(counts)
-        ours = kept.repeat_interleave(counts).nonzero().squeeze(1)
-        places = row[ours], bias.items[ours]
+        row = bias.rows()
+        ours = kept[row].nonzero().squeeze(1)
+        places = (kept.cumsum(0) - 1)[row[ours]], bias.items[ours]
         scores = scores.index_put(places, bias.values[ours], accumulate=True)
     scores = scores.index_fill(1, excluded, -torch.inf)
     count = max(h.shape[0], 1)
