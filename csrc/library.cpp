@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
       "Tensor? bias_values) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table, "
       "Tensor grad_bias)");
 
+  m.def(
+      "recent_items(Tensor items, Tensor next, Tensor begin, Tensor end) -> (Tensor offsets, "
+      "Tensor recent, Tensor recency)");
+
   m.def("feed_forward_forward" FEED_FORWARD_ARGS);
   m.def("feed_forward" FEED_FORWARD_ARGS);
   m.def(

@@ -90,6 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
     Tensor hidden, Tensor table, Tensor targets, int64_t ignore_index, bool exclude, bool gradients,
     OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values);
 
+// The distinct items of the spans items[begin[r], end[r]), oldest first by their last place:
+// offsets [R + 1], of every entry [K] the item and its recency, from 1 for the one met last. items
+// [T]; next [T]: where the same item stands next, T or more where nowhere. All int64, contiguous.
+std::tuple<Tensor, Tensor, Tensor> recent_items_cpu(Tensor items, Tensor next, Tensor begin,
+                                                    Tensor end);
+
 // [residual +] dropout(W2 dropout(GELU(W1 x + b1)) + b2) of rows x [N, C], W1 [M, C], W2 [C, M], C
 // and M multiples of 16; pre = W1 x + b1 [N, M], empty unless save_for_backward. The
 // gradients: of x, W1, b1, W2, b2. float32 or float64, contiguous; dropout as activation_dropout.

@@ -21,6 +21,7 @@ _REJECTIONS = (
     "topk_scores",
     "activation_dropout",
     "softmax_loss",
+    "recent_items",
     "feed_forward",
     "RECGRELA_CPU_LEVEL",
 )

@@ -15,10 +15,9 @@ is still 0 exactly, and is ranked with the number of the one before it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import LogitBias
+from ..ops import LogitBias, recent_items
 
 _UP_TO = (1, 2, 4, 8, 16, 32, 64, 128)  # the last bucket has no end
 _SCALE = 10.0  # Adam moves a weight by about the rate a step; a bias must get to -10 in an epoch
@@ -56,15 +55,14 @@ class RepeatBias(nn.Module):
             items: item rows [T] int64.
             begin, end: bounds [R] int64 in 0..T; an empty span adds nothing.
 
-        Memory: while it works about 40 bytes for each place of each span, then 24 for each distinct
-        item of each.
+        Memory: about 30 bytes for each distinct item of each span; see `ops.recent_items`.
         """
-        offsets, _, items, recency = _recencies(items, begin, end)
+        offsets, items, recency = recent_items(items, begin, end)
         return LogitBias(offsets, items, self(recency))
 
     def ranked_spans(self, items: Tensor, begin: Tensor, end: Tensor) -> LogitBias:
         """As `of_spans`, what ranking adds; its values are float32."""
-        offsets, _, items, recency = _recencies(items, begin, end)
+        offsets, items, recency = recent_items(items, begin, end)
         return LogitBias(offsets, items, self.ranked(recency).float())
 
     def of_windows(
@@ -93,29 +91,10 @@ def spans_of(histories: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tenso
 def by_recency(histories: Tensor, padding_idx: int) -> Tensor:
     """Distinct items of histories [B, L], oldest first and with padding anywhere: [B, S] int64, the
     one met last first, filled up with `padding_idx`."""
-    offsets, row, items, recency = _recencies(*spans_of(histories, padding_idx))
-    most = int(offsets.diff().max()) if len(histories) else 0
+    offsets, items, recency = recent_items(*spans_of(histories, padding_idx))
+    counts = offsets.diff()
+    most = int(counts.max()) if len(histories) else 0
+    row = torch.arange(len(histories), device=items.device).repeat_interleave(counts)
     found = items.new_full((len(histories), most), padding_idx)
     found[row, recency - 1] = items
     return found
-
-
-def _recencies(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The distinct items of each span `items[begin[r]:end[r]]`, by their last place: offsets
-    [R + 1], and of every entry [K] its row, the item and its recency."""
-    T, device = len(items), items.device
-    ordered, order = items.sort(stable=True)
-    again = torch.full((T,), T, device=device)  # where the same item stands next
-    same = (ordered[1:] == ordered[:-1]).nonzero().squeeze(1)
-    again[order[same]] = order[same + 1]
-    counts = (end - begin).clamp(min=0)
-    ends = F.pad(counts.cumsum(0), (1, 0))
-    row = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    place = torch.arange(len(row), device=device)
-    place += (begin - ends[:-1]).index_select(0, row)
-    last = again.index_select(0, place) >= end.index_select(0, row)
-    kept = last.nonzero().squeeze(1)
-    row, place = row.index_select(0, kept), place.index_select(0, kept)
-    offsets = torch.searchsorted(kept, ends)
-    recency = offsets.index_select(0, row + 1) - torch.arange(len(row), device=device)
-    return offsets, row, items.index_select(0, place), recency

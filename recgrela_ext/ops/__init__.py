@@ -10,6 +10,7 @@ from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encode
 from .feed_forward import feed_forward
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
+from .recent_items import recent_items
 from .reference import LogitBias, inv_freq
 from .rela import rela
 from .softmax_loss import softmax_loss
@@ -26,6 +27,7 @@ __all__ = [
     "gated_rela_step",
     "inv_freq",
     "pack_encoder",
+    "recent_items",
     "reference",
     "rela",
     "softmax_loss",

@@ -443,6 +443,33 @@ def softmax_loss(
     return loss, grad_hidden, grad_table, grad_bias
 
 
+def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each span `items[begin[r]:end[r]]` the places after which their item does not stand there
+    again: offsets [R + 1], the items [K] and their recency [K], see `ops.recent_items`."""
+    device = items.device
+    counts = (end - begin).clamp(min=0)
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    row = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    place = torch.arange(len(row), device=device)
+    place += (begin - ends[:-1]).index_select(0, row)
+    last = next_places(items).index_select(0, place) >= end.index_select(0, row)
+    kept = last.nonzero().squeeze(1)
+    row, place = row.index_select(0, kept), place.index_select(0, kept)
+    offsets = torch.searchsorted(kept, ends)
+    recency = offsets.index_select(0, row + 1) - torch.arange(len(row), device=device)
+    return offsets, items.index_select(0, place), recency
+
+
+def next_places(items: Tensor) -> Tensor:
+    """For every place in items [T] where the same item stands next, T where nowhere; int64 [T]."""
+    T = len(items)
+    ordered, order = items.sort(stable=True)
+    again = torch.full((T,), T, device=items.device)
+    same = (ordered[1:] == ordered[:-1]).nonzero().squeeze(1)
+    again[order[same]] = order[same + 1]
+    return again
+
+
 def gelu_curvature(x: Tensor) -> Tensor:
     """Second derivative of GELU(x) = x Phi(x): phi(x) (2 - x^2), phi the normal density."""
     return torch.exp(-0.5 * x * x) * (2 - x * x) * (2 * torch.pi) ** -0.5

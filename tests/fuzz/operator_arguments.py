@@ -123,6 +123,13 @@ def softmax_arguments(draw: Draw) -> Arguments:
     }
 
 
+def recent_arguments(draw: Draw) -> Arguments:
+    """Spans anywhere in a log, some of them empty or upside down."""
+    T, R = draw.one_of([0, 1, 5, 70]), draw.one_of([0, 1, 3, 40])
+    begin, end = torch.randint(T + 1, (2, R))
+    return {"items": torch.randint(1 + draw.below(12), (T,)), "begin": begin, "end": end}
+
+
 def bias_arguments(draw: Draw, arguments: Arguments, whole: bool = False) -> Arguments:
     """Three tensors or none, if not `whole` now and then with a place that cannot be."""
     names = ("offsets", "items", "values")

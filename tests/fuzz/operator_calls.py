@@ -124,6 +124,17 @@ def softmax(draw: Draw) -> str:
     )
 
 
+def recent(draw: Draw) -> str:
+    arguments = spoil_one(draw, make.recent_arguments(draw))
+    return compare(
+        "recent_items",
+        lambda: ops.recent_items(**arguments),
+        lambda: reference.recent_items(**arguments),
+        None,
+        RULES["recent_items"](arguments),
+    )
+
+
 # Gradients through autograd, of arguments as they should be.
 
 

@@ -131,11 +131,21 @@ def softmax_loss(given: Arguments) -> bool:
     return _inside(targets[targets != ignored], N) and (bias is None or _bias(bias, hidden, N))
 
 
+def recent_items(given: Arguments) -> bool:
+    items, begin, end = given["items"], given["begin"], given["end"]
+    whole = (torch.int64,)
+    if not all(_is(x, whole, None) and x.dim() == 1 for x in given.values()):
+        return False
+    if not _is(end, whole, (len(begin),)):
+        return False
+    return bool(((begin >= end) | ((begin >= 0) & (end <= len(items)))).all())
+
+
 RULES = {
     "gated_rela": gated_rela, "rela": rela, "gated_rela_step": gated_rela_step,
     "encoder_step": encoder_step, "topk_scores": topk_scores,
     "activation_dropout": activation_dropout, "feed_forward": feed_forward,
-    "softmax_loss": softmax_loss,
+    "softmax_loss": softmax_loss, "recent_items": recent_items,
 }  # fmt: skip
 
 

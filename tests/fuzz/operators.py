@@ -23,9 +23,9 @@ CALLS = (
     public.feed_forward, raw.feed_forward, public.softmax, raw.softmax,
     raw.rela, raw.sequence_backward, raw.dropout_backward, raw.feed_forward_backward,
     public.sequence_gradients, public.dropout_gradients, public.feed_forward_gradients,
-    public.rela_gradients, public.softmax_gradients,
+    public.rela_gradients, public.softmax_gradients, public.recent, raw.recent,
 )  # fmt: skip
-FREE = CALLS[6 : 6 + 32 - len(CALLS)]
+FREE = CALLS[len(CALLS) - 18 : 14]
 
 
 class Operators:

@@ -55,7 +55,8 @@ def call_raw(
         own = any(text in str(error) for text in TORCH_S)
         return REFUSED if meta or own else refused(error, op)
     if wanted:
-        alike(found[: len(wanted)], wanted, wanted[0].dtype, f"torch.ops.recgrela.{name}")
+        dtype = wanted[0].dtype if wanted[0].is_floating_point() else torch.float32
+        alike(found[: len(wanted)], wanted, dtype, f"torch.ops.recgrela.{name}")
         return f"{name}, raw"
     return f"{name}, raw, spoiled"
 
@@ -134,6 +135,16 @@ def softmax(draw: Draw) -> str:
         return reference.softmax_loss(**given, bias=added)
 
     return call_raw("softmax_loss", "softmax_loss", arguments, draw, plain)
+
+
+def recent(draw: Draw) -> str:
+    arguments = make.recent_arguments(draw)
+    arguments["next"] = reference.next_places(arguments["items"])
+
+    def plain(next: Tensor, **given: Any) -> Any:
+        return reference.recent_items(**given)
+
+    return call_raw("recent_items", "recent_items", arguments, draw, plain)
 
 
 # Raw backwards: their inputs are a forward's, or were until one was spoiled.

@@ -21,13 +21,14 @@ PUBLIC: dict[str, tuple[Any, Call]] = {
     "gated_rela_step": (ops, public.step), "encoder_step": (public, public.encoder),
     "topk_scores": (ops, public.topk), "activation_dropout": (public, public.dropout),
     "feed_forward": (ops, public.feed_forward), "softmax_loss": (ops, public.softmax),
+    "recent_items": (ops, public.recent),
 }  # fmt: skip
 RAW: dict[str, Call] = {
     "gated_rela_forward": raw.sequence, "rela_forward": raw.rela, "gated_rela_step": raw.step,
     "encoder_step": raw.encoder, "topk_scores": raw.topk, "activation_dropout": raw.dropout,
     "feed_forward_forward": raw.feed_forward, "softmax_loss": raw.softmax,
     "gated_rela_backward": raw.sequence_backward,
-    "activation_dropout_backward": raw.dropout_backward,
+    "activation_dropout_backward": raw.dropout_backward, "recent_items": raw.recent,
     "feed_forward_backward": raw.feed_forward_backward,
 }  # fmt: skip
 FOUND = "refused, though valid"

@@ -47,6 +47,7 @@ LIKELY: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels": ("", ("gated_rela", "topk_scores")),
     "matrix_blocks": ("test_tiles", ("feed_forward", "softmax_loss")),
     "params": ("", ("gated_rela", "torch_features")),
+    "recent_items": ("", ("recent_items",)),
     "rela": ("", ("rela", "bad_inputs")),
     "softmax_loss": ("test_tiles", ("softmax_loss",)),
     "storage": ("test_kernels", ("gated_rela", "topk_scores")),
