@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> None:
         print(
             "The model has a repeat bias, which is in none of these files' products: lists without "
             "seen items are right as they are; for others add the nine numbers of repeat_bias, in "
-            "the file beside --item-vectors, to the scores of the items met last, second to last, "
-            "3rd to 4th, 5th to 8th and so on, the last number beyond the 128th."
+            "the JSON file that --item-vectors writes, to the scores of the items met last, second "
+            "to last, 3rd to 4th, 5th to 8th and so on, the last number beyond the 128th."
         )
     if options.item_vectors is not None:
         names = write_item_vectors(model, Path(options.item_vectors))

@@ -60,7 +60,9 @@ and padding 0 on the right, to the hidden states [B, hidden]; B and L are free. 
 operators of this package, so a process that loads it must first `import recgrela_ext.ops`. The
 score of an item is the inner product of the hidden state and the item's vector: --item-vectors
 writes those for an external index, row i of FILE.npy belonging to item_ids[i] of FILE.json, which
-is item row i + 1 of the program."""
+is item row i + 1 of the program. A repeat bias, which models have by default, comes on top for the
+items that the user has met: lists without these are right as they are, for others FILE.json has
+its nine numbers."""
 
 
 _MOST_THREADS = 1024

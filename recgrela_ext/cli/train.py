@@ -51,6 +51,11 @@ def run(options: argparse.Namespace) -> None:
     prepare_file(options.json, out, options.data)
     device, progress = use_machine(options), progress_of(options)
     recipe = _recipe(options)
+    if options.repeat_bias and (options.paper or recipe.loss != "softmax"):
+        got = "--paper" if options.paper else f"--loss {recipe.loss}"
+        raise ValueError(
+            f"train: --repeat-bias must come with the causal model and --loss softmax, got {got}"
+        )
     reading = Reading.from_options(options)
     train, valid, test = reading.splits(progress)
     model = _model(options, train, recipe, device).to(device)
@@ -115,6 +120,8 @@ def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str, long
 
     `longest`: items of the longest history.
     """
+    from recgrela_ext._library import KERNEL_DEVICES
+
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -129,10 +136,14 @@ def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str, long
         if recipe.loss == "sampled":
             needed += 4 * recipe.targets_per_step * recipe.num_negatives
             what.append("scores of the negatives")
-        if config.repeat_bias:  # 40 bytes for each item before each position of a pass
+        if config.repeat_bias:
             window = min(config.max_seq_len, longest)
             positions = max(window, min(recipe.targets_per_step, recipe.positions_per_pass))
-            needed += 40 * positions * window // 2
+            before = window // 2  # a position, on average
+            if "cpu" in KERNEL_DEVICES:  # which hold distinct items alone
+                needed += 30 * positions * min(before, config.rows)
+            else:
+                needed += 48 * positions * before
             what.append("what each position has met (--no-repeat-bias spares it)")
     if needed > there:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .checks import check_tensor, values_are_there
-from .transforms import in_transform
+from .transforms import in_transform, is_batched
 
 
 def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +19,8 @@ def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Ten
 
     Args:
         items: [T] int64.
-        begin, end: bounds [R] int64 in 0..T; a span whose end is not above its begin is empty.
+        begin, end: bounds [R] int64 in 0..T; a span whose end is not above its begin is empty,
+            wherever it lies.
 
     Returns:
         All int64: offsets [R + 1] from 0 to K; the items [K] of row r from `offsets[r]` to
@@ -32,7 +33,7 @@ def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Ten
     """
     _check(items, begin, end)
     if items.device.type != "cpu" or not _library.has_kernels(items.device) or in_transform():
-        if values_are_there(items):
+        if values_are_there(items) and not any(map(is_batched, (items, begin, end))):
             _check_values(items, begin, end)
         return reference.recent_items(items, begin, end)
     tensors = items.contiguous(), reference.next_places(items), begin.contiguous()
@@ -69,7 +70,8 @@ def _check_values(items: Tensor, begin: Tensor, end: Tensor) -> None:
 
 def _fake(items: Tensor, next: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
-    return items.new_empty(len(begin) + 1), items.new_empty(count), items.new_empty(count)
+    # len would make a constant of it in torch.export
+    return items.new_empty(begin.shape[0] + 1), items.new_empty(count), items.new_empty(count)
 
 
 if _library.KERNEL_DEVICES:

@@ -447,7 +447,7 @@ def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Ten
     """Of each span `items[begin[r]:end[r]]` the places after which their item does not stand there
     again: offsets [R + 1], the items [K] and their recency [K], see `ops.recent_items`."""
     device = items.device
-    counts = (end - begin).clamp(min=0)
+    counts = torch.where(begin < end, end - begin, 0)  # a difference of any two would overflow
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     row = torch.arange(len(counts), device=device).repeat_interleave(counts)
     place = torch.arange(len(row), device=device)
@@ -462,7 +462,7 @@ def recent_items(items: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Ten
 
 def next_places(items: Tensor) -> Tensor:
     """For every place in items [T] where the same item stands next, T where nowhere; int64 [T]."""
-    T = len(items)
+    T = items.shape[0]  # len would make a constant of it in torch.export
     ordered, order = items.sort(stable=True)
     again = torch.full((T,), T, device=items.device)
     same = (ordered[1:] == ordered[:-1]).nonzero().squeeze(1)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from recgrela_ext import RecGRELAConfig, TrainConfig
+from recgrela_ext._library import KERNEL_DEVICES
 from recgrela_ext.cli.mistakes import exit_code
+from recgrela_ext.cli.train import _check_memory
 
 from .conftest import SMALL, Recgrela
 
@@ -69,8 +72,9 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "a loss that trains no bias": (
         ["--loss", "sampled", "--repeat-bias"],
-        "loss must be softmax for a model with a repeat bias",
+        "--repeat-bias must come with the causal model and --loss softmax, got --loss sampled",
     ),
+    "a bias of the published model": (["--paper", "--repeat-bias"], "--loss softmax, got --paper"),
     "unknown option": (["--layers", "3"], "unrecognized arguments: --layers 3"),
 }
 
@@ -82,6 +86,18 @@ def test_bad_option(recgrela: Recgrela, tmp_path: Path, what: str) -> None:
     path.write_text("\n".join(["user,item,timestamp", *ROWS]) + "\n")
     arguments = ["train", "--data", path, "--out", tmp_path / "m", "--steps", 1, *SMALL, *options]
     assert told in recgrela(*arguments).mistake
+
+
+def test_memory_of_a_long_history_is_that_of_its_distinct_items() -> None:
+    def check(num_items: int, longest: int) -> None:
+        config = RecGRELAConfig(num_items + 1, max_seq_len=10**7, repeat_bias=True)
+        _check_memory(config, TrainConfig(), "cpu", longest)
+
+    if "cpu" in KERNEL_DEVICES:
+        check(100, 90_000)
+    check(10**6, 1000)
+    with pytest.raises(ValueError, match=r"machine's memory of .* met .--no-repeat-bias spares it"):
+        check(10**6, 10**7)
 
 
 def test_memory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,17 @@ def test_every_row(name: str, count: int, rows: int, high: int) -> None:
     assert [pairs[low:high] for low, high in pairwise(bounds)] == wanted
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_empty_span_may_lie_anywhere(name: str) -> None:
+    least, most = -(2**63), 2**63 - 1
+    pairs = [(3, 3), (9, 9), (9, 7), (-5, -7), (1, least), (most, least), (most, -2), (0, 2)]
+    begin, end = torch.tensor(pairs).t()
+    offsets, items, recency = IMPLEMENTATIONS[name](torch.tensor([5, 6, 5]), begin, end)
+    assert offsets.tolist() == [0] * 8 + [2]
+    assert items.tolist() == [5, 6]
+    assert recency.tolist() == [2, 1]
+
+
 def test_any_number_of_threads_and_any_strides() -> None:
     items, begin, end = spans(3000, 2000, 100)
     apart = torch.stack([items, items], 1)[:, 0], begin.repeat_interleave(2)[::2], end
@@ -137,4 +148,14 @@ def test_torch_features() -> None:
     compiled = torch.compile(ops.recent_items, backend="aot_eager")
     for found, wanted in zip(compiled(items, begin, end), ops.recent_items(items, begin, end),
                              strict=True):  # fmt: skip
+        assert torch.equal(found, wanted)
+
+    class Module(torch.nn.Module):
+        def forward(self, items: Tensor, begin: Tensor, end: Tensor) -> Result:
+            return ops.recent_items(items, begin, end)
+
+    free = ({0: torch.export.Dim.DYNAMIC},) * 3
+    exported = torch.export.export(Module(), (items, begin, end), dynamic_shapes=free).module()
+    other = spans(70, 31, 9)
+    for found, wanted in zip(exported(*other), ops.recent_items(*other), strict=True):
         assert torch.equal(found, wanted)
