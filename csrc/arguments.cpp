@@ -60,8 +60,6 @@ struct NewStates {
   }
 };
 
-const int64_t* integers(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }
-
 int64_t chunks_of(const SequenceArgs& a, const Dims& d) {
   return count_chunks(d.B, d.L, d.packed_items, a.cu_seqlens.has_value());
 }

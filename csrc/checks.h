@@ -25,6 +25,10 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
+inline const int64_t* integers(const Tensor& x) {
+  return static_cast<const int64_t*>(x.const_data_ptr());
+}
+
 inline std::string shape_text(const Tensor& x) {
   std::ostringstream text;
   for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "[") << x.size(i);
@@ -150,11 +154,11 @@ inline void check_cu_seqlens(const char* op, const int64_t* values, int64_t B, i
 }
 
 inline void check_lengths(const char* op, const Tensor& lengths, int64_t L) {
-  check_lengths(op, static_cast<const int64_t*>(lengths.const_data_ptr()), lengths.numel(), L);
+  check_lengths(op, integers(lengths), lengths.numel(), L);
 }
 
 inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t items) {
-  const auto* values = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
+  const auto* values = integers(cu_seqlens);
   check_cu_seqlens(op, values, cu_seqlens.numel() - 1, items);
 }
 

@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
 #include "../checks.h"
 #include "../ops.h"
 #include "parallel.h"
@@ -13,10 +11,6 @@ namespace recgrela {
 namespace {
 
 constexpr const char* kOp = "recent_items";
-
-const int64_t* values_of(const Tensor& x) {
-  return static_cast<const int64_t*>(x.const_data_ptr());
-}
 
 // The number of places in all spans.
 int64_t check(const Tensor& items, const Tensor& next, const Tensor& begin, const Tensor& end) {
@@ -27,7 +21,7 @@ int64_t check(const Tensor& items, const Tensor& next, const Tensor& begin, cons
   check_dense(kOp, "next", next, {T}, ScalarType::Long, items);
   check_dense(kOp, "begin", begin, {R}, ScalarType::Long, items);
   check_dense(kOp, "end", end, {R}, ScalarType::Long, items);
-  const int64_t *first = values_of(begin), *last = values_of(end);
+  const int64_t *first = integers(begin), *last = integers(end);
   int64_t places = 0;
   for (int64_t r = 0; r < R; ++r) {
     if (first[r] >= last[r]) continue;  // an empty span may lie anywhere
@@ -43,8 +37,8 @@ int64_t check(const Tensor& items, const Tensor& next, const Tensor& begin, cons
 std::tuple<Tensor, Tensor, Tensor> recent_items_cpu(Tensor items, Tensor next, Tensor begin,
                                                     Tensor end) {
   const int64_t places = check(items, next, begin, end), R = begin.size(0);
-  const int64_t *item = values_of(items), *again = values_of(next);
-  const int64_t *first = values_of(begin), *last = values_of(end);
+  const int64_t *item = integers(items), *again = integers(next);
+  const int64_t *first = integers(begin), *last = integers(end);
   const int64_t grain = 1 + (R * 16384) / (places + 1);
 
   Tensor offsets = torch::stable::new_empty(items, {R + 1});

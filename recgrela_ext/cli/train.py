@@ -51,11 +51,7 @@ def run(options: argparse.Namespace) -> None:
     prepare_file(options.json, out, options.data)
     device, progress = use_machine(options), progress_of(options)
     recipe = _recipe(options)
-    if options.repeat_bias and (options.paper or recipe.loss != "softmax"):
-        got = "--paper" if options.paper else f"--loss {recipe.loss}"
-        raise ValueError(
-            f"train: --repeat-bias must come with the causal model and --loss softmax, got {got}"
-        )
+    options.repeat_bias = _repeat_bias(options, recipe)
     reading = Reading.from_options(options)
     train, valid, test = reading.splits(progress)
     model = _model(options, train, recipe, device).to(device)
@@ -95,6 +91,17 @@ def _recipe(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**given)
 
 
+def _repeat_bias(options: argparse.Namespace, recipe: TrainConfig) -> bool:
+    """What was asked for; else yes, where it can be trained."""
+    possible = not options.paper and recipe.loss == "softmax"
+    if options.repeat_bias and not possible:
+        got = "--paper" if options.paper else f"--loss {recipe.loss}"
+        raise ValueError(
+            f"train: --repeat-bias must come with the causal model and --loss softmax, got {got}"
+        )
+    return possible if options.repeat_bias is None else options.repeat_bias
+
+
 def _model(
     options: argparse.Namespace, train: Sequences, recipe: TrainConfig, device: str
 ) -> RecGRELA:
@@ -104,8 +111,7 @@ def _model(
 
     given = {name: getattr(options, name) for name in _MODEL}
     given = {name: value for name, value in given.items() if value is not None}
-    biased = not options.paper and recipe.loss == "softmax"  # no other loss trains it
-    facts = {"repeat_share": train.repeat_share, "repeat_bias": biased, **given}
+    facts = {"repeat_share": train.repeat_share, **given}
     make = RecGRELAConfig.paper if options.paper else RecGRELAConfig
     config = make(train.n_items, **facts)
     _check_memory(config, recipe, device, int(train.lengths.max()))

@@ -432,7 +432,8 @@ def test_refusals(tmp_path: Path) -> None:
         ItemTable(model).top_k(state.hidden, 3)
     log = Sequences.from_lists(histories(9, 9), N - 1)
     for loss in ("unseen", "sampled", "bpr"):
-        with pytest.raises(ValueError, match=f"loss must be softmax .* repeat bias .*, got {loss}"):
+        told = rf"loss must be softmax .* repeat bias \(repeat_bias=False .* without\), got {loss}"
+        with pytest.raises(ValueError, match=told):
             fit(model, log, epochs=1, config=TrainConfig(loss=loss), checkpoint_dir=tmp_path)
 
 
