@@ -13,9 +13,7 @@ from recgrela_ext import RecGRELA, RecGRELAConfig, _library, export
 from recgrela_ext.errors import CheckpointError
 from recgrela_ext.ops import reference
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in _library.KERNEL_DEVICES, reason="needs the compiled operators"
-)
+pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture

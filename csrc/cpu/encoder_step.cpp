@@ -76,7 +76,7 @@ Tensor encoder_step_cpu(Tensor x, Tensor weights, Tensor inv_freq, Tensor state,
   p.inv_freq = static_cast<const double*>(inv_freq.const_data_ptr());
   p.state = state.mutable_data_ptr();
   p.state_stride = state.stride(0);
-  p.position = static_cast<const int64_t*>(position.const_data_ptr());
+  p.position = integers(position);
   p.active = static_cast<const bool*>(data_or_null(active));
 
   const Kernels& level = kernels();

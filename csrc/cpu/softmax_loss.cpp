@@ -42,8 +42,8 @@ void check_bias(const Tensor& hidden, int64_t n_items, const Tensor& offsets, co
                  shape_text(items));
   check_dense(kOp, "bias.items", items, {items.size(0)}, ScalarType::Long, hidden);
   check_dense(kOp, "bias.values", values, {items.size(0)}, hidden.scalar_type(), hidden);
-  const int64_t* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  const int64_t* rows = static_cast<const int64_t*>(items.const_data_ptr());
+  const int64_t* bounds = integers(offsets);
+  const int64_t* rows = integers(items);
   const int64_t last = hidden.size(0), count = items.size(0);
   RECGRELA_CHECK(bounds[0] == 0 && bounds[last] == count, kOp,
                  ": bias.offsets must rise from 0 to K=", count, ", got ", bounds[0], " to ",
@@ -73,7 +73,7 @@ Classes find_classes(int64_t rows, bool exclude, int64_t excluded) {
 // Rows of hidden that have a target, and the class of each.
 void list_rows(const Tensor& targets, int64_t ignore_index, int64_t n_items, int64_t first,
                std::vector<int64_t>& rows, std::vector<int64_t>& wanted) {
-  const int64_t* values = static_cast<const int64_t*>(targets.const_data_ptr());
+  const int64_t* values = integers(targets);
   for (int64_t t = 0; t < targets.numel(); ++t) {
     if (values[t] == ignore_index) continue;
     RECGRELA_CHECK(values[t] >= 0 && values[t] < n_items, kOp,
@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
   const char* table_rows = static_cast<const char*>(table.const_data_ptr());
   p.first_class = classes.first;
   if (bias) {
-    p.bias_offsets = static_cast<const int64_t*>(bias_offsets->const_data_ptr());
-    p.bias_items = static_cast<const int64_t*>(bias_items->const_data_ptr());
+    p.bias_offsets = integers(*bias_offsets);
+    p.bias_items = integers(*bias_items);
     p.bias_values = bias_values->const_data_ptr();
   }
   p.class_rows = table_rows + std::size_t(classes.first * width) * element;

@@ -27,7 +27,7 @@ int64_t count_parts(int64_t users, int64_t items, bool own_lists) {
 }
 
 void check_rows_of_table(const char* op, const Tensor& candidates, int64_t rows) {
-  const int64_t* values = static_cast<const int64_t*>(candidates.const_data_ptr());
+  const int64_t* values = integers(candidates);
   for (int64_t i = 0; i < candidates.numel(); ++i) {
     RECGRELA_CHECK(values[i] >= 0 && values[i] < rows, op, ": candidates must lie in 0..", rows - 1,
                    ", got ", values[i]);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> topk_scores_cpu(Tensor hidden, Tensor table, Optional
   p.candidates = static_cast<const int64_t*>(data_or_null(candidates));
   p.candidates_stride = own_lists ? p.num_items : 0;
   p.num_seen = seen ? seen->size(1) : 0;
-  p.seen = p.num_seen > 0 ? static_cast<const int64_t*>(seen->const_data_ptr()) : nullptr;
+  p.seen = p.num_seen > 0 ? integers(*seen) : nullptr;
   p.padding = padding_idx;
   p.parts = count_parts(p.users, p.num_items, own_lists);
 

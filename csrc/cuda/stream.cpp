@@ -43,8 +43,7 @@ void check_values(const SequenceArgs& a, const Dims& d, Stream stream) {
   if (wish == nullptr || std::strcmp(wish, "1") != 0) return;
   const auto read = [&](const Tensor& x) {
     std::vector<int64_t> values(x.numel());
-    check_launch(a.op, copy_to_host(values.data(), static_cast<const int64_t*>(x.const_data_ptr()),
-                                    x.numel(), stream));
+    check_launch(a.op, copy_to_host(values.data(), integers(x), x.numel(), stream));
     return values;
   };
   if (a.lengths) check_lengths(a.op, read(*a.lengths).data(), d.B, d.L);

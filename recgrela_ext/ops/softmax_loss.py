@@ -40,8 +40,8 @@ def softmax_loss(
     Returns:
         The loss (a scalar, 0 without a target), its gradient by hidden ``[T, width]`` (zero in rows
         without a target), by table ``[N, width]`` (zero in an excluded row) and by the values of
-        bias ``[K]`` (empty without one). Values: none of them is differentiable. The same bits for
-        any number of threads.
+        bias ``[K]`` (empty without one). Values: none of them is differentiable. With the compiled
+        operator the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.

@@ -44,8 +44,9 @@ def topk_scores(
     Returns:
         scores [B, k], best first, in float32 (float64 for float64 input), and items [B, k] int64.
         Of equal scores the smaller row comes first. Places without an item hold (-inf,
-        padding_idx); a score that is NaN or -inf is no item's. No gradient. On the CPU the same
-        bits for any number of threads, and for a user whatever the other users of the batch.
+        padding_idx); a score that is NaN or -inf is no item's. No gradient. With the compiled
+        operator the same bits for any number of threads, and for a user whatever the other users
+        of the batch.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.

@@ -14,10 +14,6 @@ from benchmarks.operator_rows import Shape, traffic
 from recgrela_ext import _library
 from tests.gpu import device
 
-needs_kernels = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
-
 
 @pytest.fixture
 def dry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +22,7 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "DRY_RUN", True)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.usefixtures("dry")
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "dry.json"

@@ -11,7 +11,7 @@ from benchmarks import dataset_cost
 from benchmarks.__main__ import main
 from benchmarks.memory_quality import PUBLISHED
 
-pytest.importorskip("recgrela_ext._C")
+pytestmark = pytest.mark.kernels
 
 
 def test_cells_of_a_small_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

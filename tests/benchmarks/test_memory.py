@@ -30,6 +30,7 @@ POINT = {"part": "memory", "kind": "event", "model": "ours", "length": 50, "item
          "batch": 1, "round": 0}  # fmt: skip
 
 
+@pytest.mark.kernels
 def test_quick_points_are_measured_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,7 @@ def test_recommend_with_seen_items(recgrela: Recgrela, trained: Path) -> None:
     assert len(shown) == 1 + catalogue
 
 
-@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="needs the compiled operators")
+@pytest.mark.kernels
 def test_export(recgrela: Recgrela, trained: Path, tmp_path: Path) -> None:
     program, vectors = tmp_path / "m.pt2", tmp_path / "items.npy"
     answer = recgrela("export", "--model", trained, "--out", program, "--item-vectors", vectors)

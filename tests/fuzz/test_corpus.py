@@ -29,7 +29,10 @@ def gradients_as_before() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", targets.TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.kernels) if x == "operators" else x
+             for x in targets.TARGETS]
+)  # fmt: skip
 def test_kept_inputs(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"needs {NEEDS[name]}")

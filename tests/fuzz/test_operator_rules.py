@@ -63,6 +63,7 @@ def test_refusing_everything_is_found(name: str, monkeypatch: pytest.MonkeyPatch
         tried(call)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW)
 def test_refusing_every_raw_call_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = getattr(torch.ops.recgrela, name)

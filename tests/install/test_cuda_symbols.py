@@ -12,6 +12,7 @@ import torch
 
 from recgrela_ext import _library
 
+pytestmark = pytest.mark.kernels
 OPERATORS = ("gated_rela_forward", "gated_rela", "gated_rela_backward", "gated_rela_step",
              "rela_forward", "rela", "rela_backward")  # fmt: skip
 ASK = """

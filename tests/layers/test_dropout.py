@@ -12,12 +12,10 @@ from recgrela_ext.layers import FeedForward, grela_block
 from recgrela_ext.layers.dropout import dropout
 
 
-@pytest.fixture(params=["kernels", "torch"])
+@pytest.fixture(params=[pytest.param("kernels", marks=pytest.mark.kernels), "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
-    elif not _library.KERNEL_DEVICES:
-        pytest.skip("the compiled operators are absent or switched off")
     return request.param
 
 
@@ -130,7 +128,7 @@ def _enough_rows() -> int:
     return 64 * torch.get_num_threads() + 22  # a tile for every thread
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_fused_feed_forward_is_the_layers_one_by_one(with_residual: bool) -> None:
     """A hook makes the layers run one by one: the same masks, the same values and gradients."""
@@ -154,7 +152,7 @@ def test_fused_feed_forward_is_the_layers_one_by_one(with_residual: bool) -> Non
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 def test_where_the_fused_feed_forward_stands_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaced or half-precision layers, autocast and other activations keep their own code."""
     calls: list[int] = []

@@ -25,9 +25,6 @@ MODES = {
     "gelu and residual": {"gelu": True, "residual": True},
 }
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 123456789)
-needs_kernels = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
 
 
 def make_rows(count: int, dtype: torch.dtype, residual: bool = False) -> list[Tensor | None]:
@@ -123,6 +120,7 @@ def test_without_dropout() -> None:
     assert torch.allclose(wide, F.gelu(x.double()), rtol=0, atol=1e-14)
 
 
+@pytest.mark.kernels
 def test_gelu_far_out() -> None:
     """Nothing overflows; far below 0 GELU keeps its digits, which x (1 + erf) / 2 loses."""
     x = torch.tensor([-torch.inf, -3e38, -1e4, -30.0, 30.0, 1e4, 3e38, torch.inf, torch.nan])
@@ -141,6 +139,7 @@ def test_gelu_far_out() -> None:
     assert torch.allclose(out.double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     """The mask goes by the element's number, wherever it lies."""
@@ -267,7 +266,7 @@ def test_forward_mode() -> None:
     assert torch.allclose(found, grad, rtol=1e-12)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 def test_opcheck(options: dict[str, bool]) -> None:
     gelu = options.get("gelu", False)
@@ -340,7 +339,7 @@ RAW_BACKWARD: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW)
 def test_raw_operator(name: str) -> None:
     arguments, text = RAW[name]
@@ -348,7 +347,7 @@ def test_raw_operator(name: str) -> None:
         raw(torch.ops.recgrela.activation_dropout, *arguments, 0)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW_BACKWARD)
 def test_raw_backward(name: str) -> None:
     arguments, text = RAW_BACKWARD[name]

@@ -39,12 +39,10 @@ def assert_refused(call: Callable[[], Any], bad: Bad, op: str, initial: str = ""
     assert len(message) < 200
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=[pytest.param("kernels", marks=pytest.mark.kernels), "reference"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "reference":
         monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
-    elif not _library.KERNEL_DEVICES:
-        pytest.skip("the compiled operators are absent or switched off")
     return request.param
 
 
@@ -63,7 +61,7 @@ def test_rela(bad: Bad, path: str) -> None:
     assert_refused(lambda: problem.run_rela(ops.rela), bad, "rela", "(initial_state )?")
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 @pytest.mark.parametrize("bad", RAW, ids=lambda b: b.name)
 def test_raw_operators(bad: Bad) -> None:
     """torch.ops calls, for which the public checks do not run, with and without autograd."""
@@ -142,7 +140,7 @@ BACKWARD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 @pytest.mark.parametrize("argument", BACKWARD)
 def test_raw_backward(argument: str) -> None:
     arguments = good_backward()
@@ -228,7 +226,7 @@ def test_step(name: str, path: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", STEP)
 def test_raw_step(name: str) -> None:
     changes, text = STEP[name]
@@ -237,7 +235,7 @@ def test_raw_step(name: str) -> None:
         raw(torch.ops.recgrela.gated_rela_step, **steps(**changes))
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "call", [public_step, lambda a: raw(torch.ops.recgrela.gated_rela_step, **a)]
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import prune
 
-from recgrela_ext import GRELAEncoder, _library, ops
+from recgrela_ext import GRELAEncoder, ops
 from recgrela_ext.layers import packing, watch
 from recgrela_ext.ops.encoder_step import reference_encoder_step
 from tests.ops.bad_inputs import raw
@@ -66,6 +66,7 @@ def test_agrees_with_the_layers_and_the_reference(options: dict, dtype: torch.dt
     assert relative(state[0], other[0]) < TOLERANCE[dtype]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("hidden_size", [20, 64, 72])
 @torch.no_grad()
 def test_a_users_bits_do_not_depend_on_who_shares_the_pass(hidden_size: int) -> None:
@@ -127,6 +128,7 @@ def test_one_users_nan_stays_there() -> None:
     assert torch.equal(dirty[0][others], clean[0][others])
 
 
+@pytest.mark.kernels
 def test_opcheck() -> None:
     packed = packing.pack(make_encoder(torch.float32))
     rows, position = make_state(packed, 2)
@@ -252,7 +254,7 @@ def test_no_packed_weights_for_other_configurations(options: dict) -> None:
     assert make_encoder(torch.float32, **options).packed_weights() is None
 
 
-@pytest.mark.skipif(not _library.KERNEL_DEVICES, reason="the compiled operators are absent")
+@pytest.mark.kernels
 def test_sizes_that_overflow() -> None:
     """2^62 layers need 0 elements modulo 2^64."""
     with pytest.raises(ValueError, match="num_layers must be at most 1024"):

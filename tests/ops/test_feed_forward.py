@@ -14,9 +14,6 @@ from recgrela_ext.ops import reference
 from tests.ops.bad_inputs import raw
 from tests.tolerance import assert_same_bits
 
-needs_kernels = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
 NAMES = ("x", "first_weight", "first_bias", "second_weight", "second_bias", "residual")
 SHAPES = [(1, 16, 16), (5, 16, 48), (64, 32, 112), (67, 64, 256), (200, 48, 80), (130, 128, 512)]
 
@@ -161,7 +158,7 @@ def test_forward_mode() -> None:
     )
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("residual", [True, False])
 def test_opcheck(residual: bool) -> None:
     case: list[Any] = make_case(3, 16, 32, torch.float32, residual)
@@ -256,7 +253,7 @@ RAW: dict[str, tuple[tuple[Any, ...], float, str]] = {
 }  # fmt: skip
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW)
 def test_raw_operator(name: str) -> None:
     arguments, p, text = RAW[name]
@@ -273,7 +270,7 @@ RAW_BACKWARD: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW_BACKWARD)
 def test_raw_backward(name: str) -> None:
     arguments, text = RAW_BACKWARD[name]

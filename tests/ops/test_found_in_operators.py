@@ -107,6 +107,7 @@ def test_a_model_refuses_second_derivatives_of_its_loss() -> None:
         loss.backward(create_graph=True)
 
 
+@pytest.mark.kernels
 def test_second_derivatives_under_autocast_are_not_rounded() -> None:
     def second(autocast: bool) -> Tensor:
         torch.manual_seed(0)
@@ -197,6 +198,7 @@ def test_values_are_checked_beside_a_transform() -> None:
         torch.func.grad(loss)(weights)
 
 
+@pytest.mark.kernels
 def test_candidates_that_are_fake() -> None:
     with FakeTensorMode():
         scores, items = ops.topk_scores(

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recgrela_ext import _library, ops
+from recgrela_ext import ops
 from tests.ops.agreement import assert_agrees
 from tests.ops.problems import ROWS, Problem, gradients, make_problem, outputs
 from tests.tolerance import assert_same_bits, assert_same_history
 
-pytestmark = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
+pytestmark = pytest.mark.kernels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

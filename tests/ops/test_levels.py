@@ -14,9 +14,7 @@ import pytest
 
 from recgrela_ext import _library, build_info
 
-pytestmark = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
+pytestmark = pytest.mark.kernels
 ROOT = Path(__file__).parents[2]
 
 CHECK = """

@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recgrela_ext import _library
-
 pytestmark = [
-    pytest.mark.skipif(
-        not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-    ),
+    pytest.mark.kernels,
     pytest.mark.skipif(sys.platform != "linux", reason="limits its address space by Linux means"),
 ]
 ROOT = Path(__file__).parents[2]

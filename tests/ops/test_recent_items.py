@@ -17,9 +17,6 @@ Result = tuple[Tensor, Tensor, Tensor]
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Result]] = {
     "operator": ops.recent_items, "reference": reference.recent_items,
 }  # fmt: skip
-needs_kernels = pytest.mark.skipif(
-    "cpu" not in _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
 
 
 def spans(count: int, rows: int, high: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +102,7 @@ def test_refusals(what: str, without_kernel: bool, monkeypatch: pytest.MonkeyPat
         ops.recent_items(**(good | change))
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -126,7 +123,7 @@ def test_raw_refusals(change: dict[int, Tensor], told: str) -> None:
         torch.ops.recgrela.recent_items(*given)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_raw_calls_write_only_what_they_counted() -> None:
     """`next` may hold anything: a place that says it comes before itself, or beyond the log."""
     items = torch.arange(1, 9)
@@ -139,7 +136,7 @@ def test_raw_calls_write_only_what_they_counted() -> None:
         assert (offsets.diff() >= 0).all()
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_torch_features() -> None:
     items, begin, end = spans(40, 12, 9)
     given = items, reference.next_places(items), begin, end

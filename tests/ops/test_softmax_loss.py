@@ -15,10 +15,6 @@ from recgrela_ext.ops import reference
 from tests.ops.bad_inputs import raw
 from tests.tolerance import assert_same_bits
 
-needs_kernels = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
-
 
 def make_case(
     rows: int, n_items: int, width: int, dtype: torch.dtype, ignore_index: int = 0,
@@ -230,7 +226,7 @@ def test_an_excluded_row_is_no_class(
     assert by_table.isnan().any()
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_opcheck(gradients: bool, biased: bool) -> None:
@@ -335,7 +331,7 @@ RAW: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", RAW)
 def test_raw_operator(name: str) -> None:
     (*case, ignore_index), bias = RAW[name][0][:4], RAW[name][0][4:] or (None,) * 3

@@ -8,16 +8,15 @@ from recgrela_ext import _library, ops
 from recgrela_ext.ops import chunked_topk
 from recgrela_ext.ops.topk_scores import reference_topk_scores
 
+_CHUNKS = {"one chunk": 1 << 22, "many chunks": 64, "one column": 1}  # elements
 
-@pytest.fixture(params=["kernel", "one chunk", "many chunks", "one column"])
+
+@pytest.fixture(params=[pytest.param("kernel", marks=pytest.mark.kernels), *_CHUNKS])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "kernel":
-        if "cpu" not in _library.KERNEL_DEVICES:
-            pytest.skip("needs the compiled operators")
         return request.param
-    sizes = {"one chunk": 1 << 22, "many chunks": 64, "one column": 1}
     monkeypatch.setattr(_library, "KERNEL_DEVICES", frozenset())
-    monkeypatch.setattr(chunked_topk, "_ELEMENTS", sizes[request.param])
+    monkeypatch.setattr(chunked_topk, "_ELEMENTS", _CHUNKS[request.param])
     return request.param
 
 
@@ -76,6 +75,7 @@ def test_parts_of_the_items_are_merged() -> None:
     assert got[1].tolist() == [[39_999, 39_998, 39_997, 39_996]] * 2
 
 
+@pytest.mark.kernels
 def test_real_scores_are_close_and_the_same_for_any_threads_and_batch() -> None:
     hidden, table = torch.randn(600, 48), torch.randn(20_000, 48)
     seen = torch.randint(0, 20_000, (600, 20))
@@ -97,6 +97,7 @@ def test_real_scores_are_close_and_the_same_for_any_threads_and_batch() -> None:
         assert torch.equal(again[1], items[:8])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int8"])
 def test_few_users_and_many_get_the_same_bits(dtype: str) -> None:
     """Items lie in the lanes for few users, users for many; a width with a rest, rows of a view."""
@@ -158,9 +159,8 @@ def test_strides_and_integer_types(implementation: str) -> None:
     assert torch.equal(mixed[1], want[1])
 
 
+@pytest.mark.kernels
 def test_opcheck_and_compile() -> None:
-    if "cpu" not in _library.KERNEL_DEVICES:
-        pytest.skip("needs the compiled operators")
     hidden, table = torch.randn(5, 8), torch.randn(30, 8)
     seen = torch.randint(0, 30, (5, 3)).sort(1).values
     torch.library.opcheck(torch.ops.recgrela.topk_scores, (hidden, table, None, 4, 0, seen, None))
@@ -205,9 +205,8 @@ def test_no_gradient() -> None:
         assert ops.topk_scores(hidden, table, 1)[1].tolist() == [[1]] * 3
 
 
+@pytest.mark.kernels
 def test_a_raw_call_is_checked() -> None:
-    if "cpu" not in _library.KERNEL_DEVICES:
-        pytest.skip("needs the compiled operators")
     op, good = torch.ops.recgrela.topk_scores, (torch.ones(3, 2), torch.ones(4, 2))
     some = torch.zeros(3, 1).long()
     for arguments, text in (

@@ -22,9 +22,6 @@ from tests.ops.problems import (
 )
 from tests.tolerance import assert_same_bits, assert_same_history
 
-needs_kernels = pytest.mark.skipif(
-    not _library.KERNEL_DEVICES, reason="the compiled operators are absent or switched off"
-)
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "right-padded": {"lengths": [3, 0]},
@@ -149,7 +146,7 @@ def without_gate_and_conv(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 OPCHECKED = ("plain", "right-padded", "packed with state", "without gate", "without convolution")
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("mode", OPCHECKED)
 def test_opcheck_forward(mode: str) -> None:
     problem = small(**MODES[mode], dtype=torch.float32)
@@ -162,7 +159,7 @@ def test_opcheck_forward(mode: str) -> None:
     opcheck(torch.ops.recgrela.rela, (*bare, True))
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("mode", OPCHECKED)
 def test_opcheck_backward(mode: str) -> None:
     problem = small(**MODES[mode], dtype=torch.bfloat16)
@@ -181,7 +178,7 @@ def test_opcheck_backward(mode: str) -> None:
     torch.library.opcheck(torch.ops.recgrela.rela_backward, (*grads, *inputs, *tail))
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("active", [None, [True, False]])
 @pytest.mark.parametrize("width", [0, 1, 4])
 def test_opcheck_step(width: int, active: list[bool] | None) -> None:
@@ -198,7 +195,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @every_mode
 def test_compile_forward_and_backward(options: dict[str, Any]) -> None:
     problem = small(**options, dtype=torch.float32)
@@ -211,7 +208,7 @@ def test_compile_forward_and_backward(options: dict[str, Any]) -> None:
         assert_same_bits(name, grads[name], x)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_compile_dynamic_shapes() -> None:
     """One graph for every B and L."""
     operator = compiled(ops.gated_rela, dynamic=True)
@@ -223,7 +220,7 @@ def test_compile_dynamic_shapes() -> None:
                 assert_same_bits(name, grads[name], x)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_compile_dynamic_packed() -> None:
     operator = compiled(ops.gated_rela, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -234,7 +231,7 @@ def test_compile_dynamic_packed() -> None:
             assert found[1][3].tolist() == packed
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_compile_step() -> None:
     """Three events of one state: written in place, seen by the next call."""
     p = make_problem(2, 3, dtype=torch.float32)
@@ -250,7 +247,7 @@ def test_compile_step() -> None:
             assert_same_bits("state", x, y)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.slow
 def test_compile_inductor() -> None:
     problem = make_problem(L=70, dtype=torch.float32, state=True, return_final_state=True)
@@ -261,7 +258,7 @@ def test_compile_inductor() -> None:
         assert_same_bits(name, x, expected[name])
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_export() -> None:
     class Module(torch.nn.Module):
         def __init__(self, problem: Problem) -> None:
@@ -289,7 +286,7 @@ def fake(x: Any, device: str) -> Any:
     return torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, Tensor) else x
 
 
-@needs_kernels
+@pytest.mark.kernels
 @every_mode
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors(options: dict[str, Any], device: str, monkeypatch: Any) -> None:
@@ -310,7 +307,7 @@ def test_fake_tensors(options: dict[str, Any], device: str, monkeypatch: Any) ->
         assert found[name].device.type == device
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_fake_step() -> None:
     with FakeTensorMode():
         row, sums = torch.empty(3, 2, 8), make_state(3, 2, 8, 1, torch.float32)
@@ -348,6 +345,7 @@ def test_autocast_bidirectional() -> None:
     assert_same_bits("out", out, half.run(ops.gated_rela))
 
 
+@pytest.mark.kernels
 def test_autocast_does_not_reach_second_derivatives() -> None:
     problem = small(dtype=torch.float32).requiring_grad()
     (first,) = torch.autograd.grad(

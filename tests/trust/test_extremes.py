@@ -13,6 +13,7 @@ from tests.ops.problems import make_problem, make_state
 from tests.tolerance import assert_same_bits
 
 
+@pytest.mark.kernels
 def test_more_pairs_than_a_grid_has_rows() -> None:
     """B * H over 65,535, which is where a CUDA grid's second dimension ends."""
     problem = make_problem(33_000, 2, 2, 2, dtype=torch.float32)

@@ -129,6 +129,7 @@ def test_quantised_models(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.kernels
 def test_exporting_keeps_the_mode() -> None:
     model = model_of(dropout=0.5).train()
     model.encoder.layers[0].eval()
