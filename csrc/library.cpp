@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(recgrela, m) {
   m.def(
       "softmax_loss(Tensor hidden, Tensor table, Tensor targets, int ignore_index, "
       "bool exclude, bool gradients, Tensor? bias_offsets, Tensor? bias_items, "
-      "Tensor? bias_values) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table, "
+      "Tensor? bias_values, Tensor? bias_begin=None, Tensor? bias_end=None, "
+      "Tensor? bias_up_to=None) -> (Tensor loss, Tensor grad_hidden, Tensor grad_table, "
       "Tensor grad_bias)");
 
   m.def(

@@ -85,10 +85,13 @@ Tensor activation_dropout_backward_cpu(Tensor grad, OptionalTensor x, bool gelu,
 // Mean cross-entropy of the rows of hidden [T, C] whose target [T] int64 is not ignore_index, over
 // the rows of table [N, C] without row ignore_index where exclude; and the gradients, empty unless
 // asked for. float32 or float64, contiguous. To the score of row t and item bias_items[k] comes
-// bias_values[k], k from bias_offsets[t] to bias_offsets[t + 1].
+// bias_values[k], k from bias_offsets[t] to bias_offsets[t + 1]. Or, without offsets, to that of
+// the item met r-th last in bias_items[bias_begin[t], bias_end[t]) comes bias_values[b], b the
+// number of bounds bias_up_to below r.
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
     Tensor hidden, Tensor table, Tensor targets, int64_t ignore_index, bool exclude, bool gradients,
-    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values);
+    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values,
+    OptionalTensor bias_begin, OptionalTensor bias_end, OptionalTensor bias_up_to);
 
 // The distinct items of the spans items[begin[r], end[r]), oldest first by their last place:
 // offsets [R + 1], of every entry [K] the item and its recency, from 1 for the one met last. items

@@ -112,6 +112,14 @@ struct SoftmaxLossParams {
   const void* bias_values;
   void* grad_bias;
   int64_t first_class;  // row of the table
+  // Or by recency: row t has met the places [span_begin[t], span_end[t]) of a log. The class met
+  // r-th last of them gets bias_values[b], b the number of bounds up_to below r. nullptr: none.
+  const int64_t *span_begin, *span_end, *up_to;          // [T], [T], [buckets - 1]
+  const int32_t *place_class, *next_place, *last_place;  // of every place: its class, -1 for none;
+                                                         // where the same item stands next, or
+                                                         // INT32_MAX, and stood before, or -1
+  int64_t buckets;
+  double* bucket_gradients;  // [tiles of all rows, buckets]
 };
 
 constexpr int64_t kLossTile = 32;  // rows, a multiple of every level's tile

@@ -27,6 +27,8 @@ namespace RECGRELA_LEVEL {
 #include "matrix_blocks.h"
 // keep this order
 #include "feed_forward.h"
+#include "recency_bias.h"
+// keep this order
 #include "softmax_loss.h"
 #include "topk_scores.h"
 }  // namespace RECGRELA_LEVEL

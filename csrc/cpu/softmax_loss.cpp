@@ -58,6 +58,40 @@ void check_bias(const Tensor& hidden, int64_t n_items, const Tensor& offsets, co
   }
 }
 
+constexpr int64_t kMostBuckets = 254;  // a byte each in recency_bias.h
+
+// A bias by recency; see SoftmaxLossParams. The values of its tensors are checked too.
+void check_recency(const Tensor& hidden, int64_t n_items, const Tensor& items, const Tensor& values,
+                   const Tensor& begin, const Tensor& end, const Tensor& up_to) {
+  const int64_t T = hidden.size(0);
+  RECGRELA_CHECK(items.dim() == 1 && items.size(0) < INT32_MAX, kOp,
+                 ": bias.items must have shape [S], S below 2**31 - 1, got ", shape_text(items));
+  RECGRELA_CHECK(n_items <= INT32_MAX, kOp, ": table must have at most 2**31 - 1 rows, got ",
+                 n_items);
+  RECGRELA_CHECK(values.dim() == 1 && values.size(0) >= 1 && values.size(0) <= kMostBuckets, kOp,
+                 ": bias.values must have shape [K], K from 1 to ", kMostBuckets, ", got ",
+                 shape_text(values));
+  check_dense(kOp, "bias.items", items, {items.size(0)}, ScalarType::Long, hidden);
+  check_dense(kOp, "bias.values", values, {values.size(0)}, hidden.scalar_type(), hidden);
+  check_dense(kOp, "bias.begin", begin, {T}, ScalarType::Long, hidden);
+  check_dense(kOp, "bias.end", end, {T}, ScalarType::Long, hidden);
+  check_dense(kOp, "bias.up_to", up_to, {values.size(0) - 1}, ScalarType::Long, hidden);
+  const int64_t *from = integers(begin), *to = integers(end), *bounds = integers(up_to);
+  for (int64_t t = 0; t < T; ++t) {
+    RECGRELA_CHECK(from[t] >= to[t] || (from[t] >= 0 && to[t] <= items.size(0)), kOp,
+                   ": spans must lie in 0..", items.size(0), ", got ", from[t], " to ", to[t]);
+  }
+  for (int64_t k = 0; k < up_to.numel(); ++k) {
+    RECGRELA_CHECK(bounds[k] > (k ? bounds[k - 1] : 0), kOp,
+                   ": bias.up_to must rise from 1 or more, got ", bounds[k], " at ", k);
+  }
+  const int64_t* rows = integers(items);
+  for (int64_t s = 0; s < items.numel(); ++s) {
+    RECGRELA_CHECK(rows[s] >= 0 && rows[s] < n_items, kOp, ": bias.items must lie in 0..",
+                   n_items - 1, ", got ", rows[s]);
+  }
+}
+
 // The table's rows that are classes: one slice, with a row in its middle masked where it is none.
 struct Classes {
   int64_t first, count, masked;
@@ -83,6 +117,29 @@ void list_rows(const Tensor& targets, int64_t ignore_index, int64_t n_items, int
   }
 }
 
+// Of every place of a log, see SoftmaxLossParams.
+struct Places {
+  std::vector<int32_t> of_class, next, last;
+};
+
+Places list_places(const Tensor& items, int64_t n_items, const Classes& classes) {
+  const int64_t* rows = integers(items);
+  const int64_t S = items.numel();
+  Places places{std::vector<int32_t>(S), std::vector<int32_t>(S, INT32_MAX),
+                std::vector<int32_t>(S)};
+  std::vector<int32_t> latest(n_items, -1);
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t j = rows[s] - classes.first;
+    const bool counts = j >= 0 && j < classes.count && j != classes.masked;
+    places.of_class[s] = counts ? static_cast<int32_t>(j) : -1;
+    int32_t& before = latest[rows[s]];
+    places.last[s] = before;
+    if (before >= 0) places.next[before] = static_cast<int32_t>(s);
+    before = static_cast<int32_t>(s);
+  }
+  return places;
+}
+
 // Rows [count, from_width] to rows of to_width, zero behind them.
 void copy_rows(const void* from, int64_t from_width, void* to, int64_t to_width, int64_t count,
                std::size_t element) {
@@ -95,6 +152,19 @@ void copy_rows(const void* from, int64_t from_width, void* to, int64_t to_width,
   }
 }
 
+// The tiles' sums of the gradients of every bucket, in the order of the tiles.
+void sum_buckets(const std::vector<double>& tiles, int64_t buckets, bool is_double, void* to) {
+  for (int64_t b = 0; b < buckets; ++b) {
+    double sum = 0.0;
+    for (std::size_t x = b; x < tiles.size(); x += buckets) sum += tiles[x];
+    if (is_double) {
+      static_cast<double*>(to)[b] = sum;
+    } else {
+      static_cast<float*>(to)[b] = static_cast<float>(sum);
+    }
+  }
+}
+
 char* row_of(void* data, int64_t row, int64_t width, std::size_t element) {
   return static_cast<char*>(data) + std::size_t(row * width) * element;
 }
@@ -103,12 +173,22 @@ char* row_of(void* data, int64_t row, int64_t width, std::size_t element) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
     Tensor hidden, Tensor table, Tensor targets, int64_t ignore_index, bool exclude, bool gradients,
-    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values) {
+    OptionalTensor bias_offsets, OptionalTensor bias_items, OptionalTensor bias_values,
+    OptionalTensor bias_begin, OptionalTensor bias_end, OptionalTensor bias_up_to) {
   check(hidden, table, targets, ignore_index, exclude);
-  const bool bias = bias_offsets.has_value();
-  RECGRELA_CHECK(bias == bias_items.has_value() && bias == bias_values.has_value(), kOp,
-                 ": bias must be given as offsets, items and values, got some of them");
-  if (bias) check_bias(hidden, table.size(0), *bias_offsets, *bias_items, *bias_values);
+  const bool bias = bias_values.has_value(), by_recency = bias_begin.has_value();
+  RECGRELA_CHECK(bias == bias_items.has_value() &&
+                     bias == (bias_offsets.has_value() != by_recency) &&
+                     by_recency == bias_end.has_value() && by_recency == bias_up_to.has_value(),
+                 kOp,
+                 ": bias must be given as offsets, items and values or as items, values, "
+                 "begin, end and up_to, got some of them");
+  if (bias && by_recency) {
+    check_recency(hidden, table.size(0), *bias_items, *bias_values, *bias_begin, *bias_end,
+                  *bias_up_to);
+  } else if (bias) {
+    check_bias(hidden, table.size(0), *bias_offsets, *bias_items, *bias_values);
+  }
   const int64_t n_items = table.size(0), width = hidden.size(1);
   const Classes classes = find_classes(n_items, exclude, ignore_index);
   std::vector<int64_t> rows, wanted;
@@ -138,10 +218,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
   const bool padded = p.class_stride != width;
   const char* table_rows = static_cast<const char*>(table.const_data_ptr());
   p.first_class = classes.first;
-  if (bias) {
+  Places places;
+  std::vector<double> bucket_gradients;
+  if (bias) p.bias_values = bias_values->const_data_ptr();
+  if (bias && !by_recency) {
     p.bias_offsets = integers(*bias_offsets);
     p.bias_items = integers(*bias_items);
-    p.bias_values = bias_values->const_data_ptr();
+  }
+  if (bias && by_recency) {
+    places = list_places(*bias_items, n_items, classes);
+    p.place_class = places.of_class.data();
+    p.next_place = places.next.data();
+    p.last_place = places.last.data();
+    p.span_begin = integers(*bias_begin);
+    p.span_end = integers(*bias_end);
+    p.up_to = integers(*bias_up_to);
+    p.buckets = bias_values->numel();
   }
   p.class_rows = table_rows + std::size_t(classes.first * width) * element;
   if (padded) {
@@ -157,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
     grad_table = p.num_rows == 0 ? torch::stable::new_zeros(table, {n_items, width})
                                  : torch::stable::new_empty(table, {n_items, width});
     if (bias) {  // zero for rows without a target
-      grad_bias = torch::stable::new_zeros(hidden, {bias_items->size(0)});
+      grad_bias = torch::stable::new_zeros(hidden, {bias_values->numel()});
       p.grad_bias = grad_bias.mutable_data_ptr();
     }
     p.grad_hidden = grad_hidden.mutable_data_ptr();
@@ -181,6 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
 
   const Kernels& level = kernels();
   const int64_t tile = level.loss_tile_rows(p);
+  bucket_gradients.resize(std::size_t(gradients ? (p.num_rows + tile - 1) / tile * p.buckets : 0));
+  p.bucket_gradients = bucket_gradients.data();
   for (p.chunk_begin = 0; p.chunk_begin < p.num_rows; p.chunk_begin += chunk) {
     p.chunk_end = std::min(p.chunk_begin + chunk, p.num_rows);
     const int64_t tiles = (p.chunk_end - p.chunk_begin + tile - 1) / tile;
@@ -194,6 +288,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
         });
   }
 
+  if (gradients && by_recency) {
+    sum_buckets(bucket_gradients, p.buckets, p.is_double, grad_bias.mutable_data_ptr());
+  }
   double total = 0.0;
   for (double x : losses) total += x;
   total /= static_cast<double>(std::max<int64_t>(p.num_rows, 1));

@@ -2,11 +2,6 @@
 // scores of a tile are made, read for the largest, turned into exponentials and multiplied by the
 // classes while they are in the second-level cache. Included by every level file.
 
-// Rows of a tile: what two registers hold. Scores lie transposed, [classes, rows of a tile], so
-// that classes are read in place and sums over them need no shuffle.
-template <class A>
-constexpr int kLossRows = 2 * kLanes<A>;
-
 constexpr int kScoreClasses = RECGRELA_VECTOR_BYTES == 64 ? 12 : 6;  // at once, times two vectors
 constexpr int64_t kClassBlock = 64;  // classes whose exponentials are multiplied from the L1 cache
 
@@ -16,6 +11,7 @@ struct LossTile {
   A* transposed;  // hidden [width, kLossRows]
   A* gradient;    // [kLossRows, padded width]
   A *largest, *sum, *wanted;
+  RecencyTile<A> recency;
 };
 
 // scores = classes . hidden, and the largest of every row.
@@ -60,13 +56,17 @@ RECGRELA_INLINE void for_bias(const SoftmaxLossParams& p, int64_t row, int64_t i
 
 // Adds the bias of listed rows [first, first + rows) and finds the largest scores anew.
 template <class A>
-RECGRELA_NOINLINE void add_bias(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t first,
+RECGRELA_NOINLINE void add_bias(const SoftmaxLossParams& p, LossTile<A>& tile, int64_t first,
                                 int64_t rows) {
-  const A* values = static_cast<const A*>(p.bias_values);
-  for (int64_t i = 0; i < rows; ++i) {
-    for_bias<A>(p, p.rows[first + i], i, [&](int64_t k, int64_t place) {
-      if (place >= 0) tile.scores[place] += values[k];
-    });
+  if (p.span_begin) {
+    add_recency_bias(p, tile.recency, tile.scores, first, rows);
+  } else {
+    const A* values = static_cast<const A*>(p.bias_values);
+    for (int64_t i = 0; i < rows; ++i) {
+      for_bias<A>(p, p.rows[first + i], i, [&](int64_t k, int64_t place) {
+        if (place >= 0) tile.scores[place] += values[k];
+      });
+    }
   }
   Vec<A> largest[2] = {splat(A(-INFINITY)), splat(A(-INFINITY))};
   for (int64_t j = 0; j < p.classes; ++j) {
@@ -131,7 +131,7 @@ RECGRELA_NOINLINE void add_gradient_block(const SoftmaxLossParams& p, const Loss
 // what class_gradients needs, the differences of probabilities and targets times the sum, and
 // hidden over the sum.
 template <class A>
-void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t first, int64_t rows) {
+void loss_tile(const SoftmaxLossParams& p, LossTile<A>& tile, int64_t first, int64_t rows) {
   const A *hidden = static_cast<const A*>(p.hidden), *classes = static_cast<const A*>(p.class_rows);
   for (int64_t i = 0; i < kLossRows<A>; ++i) {
     const A* from = hidden + p.rows[first + (i < rows ? i : 0)] * p.width;
@@ -139,7 +139,7 @@ void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t firs
     tile.sum[i] = A(0);
   }
   score_tile(p, tile);
-  if (p.bias_offsets) add_bias(p, tile, first, rows);
+  if (p.bias_values) add_bias(p, tile, first, rows);
   for (int64_t i = 0; i < rows; ++i) {
     tile.wanted[i] = tile.scores[p.targets[first + i] * kLossRows<A> + i];
   }
@@ -169,6 +169,11 @@ void loss_tile(const SoftmaxLossParams& p, const LossTile<A>& tile, int64_t firs
         gradient[k] = place >= 0 ? tile.scores[place] * factor : A(0);
       });
     }
+    if (p.span_begin) tile.recency.factor[i] = factor;
+  }
+  if (p.span_begin && p.gradients) {
+    double* sums = p.bucket_gradients + first / kLossRows<A> * p.buckets;
+    sum_recency_gradients(p, tile.recency, tile.scores, first, rows, sums);
   }
 }
 
@@ -181,6 +186,7 @@ void loss_tiles(const SoftmaxLossParams& p, int64_t begin, int64_t end) {
     tile.largest = memory.take<A>(kLossRows<A>);
     tile.sum = memory.take<A>(kLossRows<A>);
     tile.wanted = memory.take<A>(kLossRows<A>);
+    if (p.span_begin) take_recency_tile(p, memory, tile.recency);
   };
   with_scratch(layout, [&] {
     for (int64_t t = begin; t < end; ++t) {

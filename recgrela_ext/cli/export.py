@@ -76,7 +76,7 @@ def write_item_vectors(model: RecGRELA, path: Path) -> Path:
     content = {
         "item_ids": raw,
         "item_titles": None if titles is None else [titles.get(one) for one in raw],
-        "repeat_bias": None if bias is None else bias.ranked(2 ** torch.arange(9)).tolist(),
+        "repeat_bias": None if bias is None else bias.ranked_values().tolist(),
     }
     names.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     return names

@@ -127,6 +127,7 @@ def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str, long
     `longest`: items of the longest history.
     """
     from recgrela_ext._library import KERNEL_DEVICES
+    from recgrela_ext.model.losses import enough_rows
 
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -146,11 +147,14 @@ def _check_memory(config: RecGRELAConfig, recipe: TrainConfig, device: str, long
             window = min(config.max_seq_len, longest)
             positions = max(window, min(recipe.targets_per_step, recipe.positions_per_pass))
             before = window // 2  # a position, on average
-            if "cpu" in KERNEL_DEVICES:  # which hold distinct items alone
-                needed += 30 * positions * min(before, config.rows)
-            else:
-                needed += 48 * positions * before
-            what.append("what each position has met (--no-repeat-bias spares it)")
+            listed = 0
+            if "cpu" not in KERNEL_DEVICES:
+                listed = 48 * positions * before
+            elif recipe.amp == "bfloat16" or not enough_rows(positions, config.rows):
+                listed = 30 * positions * min(before, config.rows)  # distinct items alone
+            if listed:
+                needed += listed
+                what.append("what each position has met (--no-repeat-bias spares it)")
     if needed > there:
         raise ValueError(
             f"train: the model must fit in this machine's memory of {there / 2**30:,.1f} GiB, got "

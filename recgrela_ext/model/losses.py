@@ -36,7 +36,8 @@ from torch import Tensor
 
 from .. import _library, ops
 from ..errors import shown
-from ..ops.checks import check_bias, check_bias_values, values_are_there
+from ..ops.checks import check_bias_values, values_are_there
+from ..ops.recency_bias import check_either
 from .softmax_chunks import Scorer, class_range, default_chunk_rows, loss_and_gradients
 
 _TILE, _FEWEST_ROWS = 32, 64  # of csrc/cpu/softmax_loss.cpp: rows a thread takes, and in all
@@ -50,7 +51,7 @@ def softmax_loss(
     exclude_padding_class: bool = True,
     chunk_rows: int | None = None,
     method: str = "auto",
-    bias: ops.LogitBias | None = None,
+    bias: ops.LogitBias | ops.RecencyBias | None = None,
 ) -> Tensor:
     """Mean next-item cross-entropy in nats (RecGRELA paper, section on prediction and training).
 
@@ -65,8 +66,10 @@ def softmax_loss(
         chunk_rows: rows of logits held at once; by default chosen for the cache.
         method: "auto" (`ops.softmax_loss` where it is faster, else chunks), "chunked" or "torch"
             (`F.linear_cross_entropy`, torch >= 2.13).
-        bias: what is added to the logits of some items of some rows; its values are differentiable.
-            -inf leaves an item out; a target's logit must stay finite.
+        bias: what is added to the logits of some items of some rows, item by item or by recency;
+            its values are differentiable. -inf leaves an item out; a target's logit must stay
+            finite. By recency, time and memory do not grow with what a row has met where
+            `ops.softmax_loss` runs; elsewhere it is listed item by item.
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -77,10 +80,11 @@ def softmax_loss(
     """
     _check(hidden, table, targets, ignore_index, exclude_padding_class, chunk_rows, method)
     if bias is not None:
-        check_bias("softmax_loss", bias, hidden)
+        check_either("softmax_loss", bias, hidden)
     ignore_index = int(ignore_index)
     fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
     if bias is not None and not fused:
+        bias = bias.listed() if isinstance(bias, ops.RecencyBias) else bias
         check_bias_values("softmax_loss", bias, len(table))
     rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":
@@ -100,12 +104,15 @@ def softmax_loss(
 
 
 def _fits_kernel(hidden: Tensor, table: Tensor) -> bool:
-    """Whether `ops.softmax_loss` is the faster way: a tile of rows for every thread at once."""
+    """Whether `ops.softmax_loss` is the faster way."""
     if not values_are_there(hidden) or not _library.has_kernels(hidden.device):
         return False
-    if _autocast_factors("cpu") is not None:
-        return False
-    at_once = min(hidden.shape[0], max(2**24 // max(table.shape[0], 1), _FEWEST_ROWS))
+    return _autocast_factors("cpu") is None and enough_rows(hidden.shape[0], table.shape[0])
+
+
+def enough_rows(rows: int, n_items: int) -> bool:
+    """Whether the operator has a tile of rows for every thread at once."""
+    at_once = min(rows, max(2**24 // max(n_items, 1), _FEWEST_ROWS))
     return at_once >= _TILE * torch.get_num_threads()
 
 
@@ -122,7 +129,7 @@ class _Softmax(torch.autograd.Function):
         excluded: int | None,
         chunk_rows: int | None,
         wants_grad: bool,
-        bias: ops.LogitBias | None,
+        bias: ops.LogitBias | ops.RecencyBias | None,
     ) -> Tensor:
         factors = _autocast_factors(hidden.device.type)
         dtype = _score_dtype(hidden, table)
@@ -136,6 +143,7 @@ class _Softmax(torch.autograd.Function):
                     excluded is not None, wants_grad, bias,
                 )  # fmt: skip
             else:
+                assert not isinstance(bias, ops.RecencyBias)
                 scorer = Scorer(table, dtype, excluded, bias)
                 loss, gradients = loss_and_gradients(
                     hidden, scorer, targets, rows, chunk_rows, wants_grad, factors

@@ -17,7 +17,7 @@ from ..layers.dropout import dropout
 from ..layers.encoder import GRELAEncoder, shift_rows
 from ..layers.watch import Derived
 from ..modes import evaluating
-from ..ops import LogitBias
+from ..ops import RecencyBias
 from ..ops.checks import check_tensor
 from . import inputs, persistence, streaming
 from .config import RecGRELAConfig
@@ -268,7 +268,7 @@ class RecGRELA(nn.Module):
             bias = self.repeat_bias.of_windows(item_ids.long(), cu_seqlens, targets, pad)
         return self._softmax_loss(hidden, targets, bias)
 
-    def _softmax_loss(self, hidden: Tensor, targets: Tensor, bias: LogitBias | None) -> Tensor:
+    def _softmax_loss(self, hidden: Tensor, targets: Tensor, bias: RecencyBias | None) -> Tensor:
         return softmax_loss(
             hidden,
             self.item_embedding.weight,
@@ -301,10 +301,10 @@ class RecGRELA(nn.Module):
         if seen is not None and self.repeat_bias is not None:
             items, begin, end = spans_of(seen, self.config.padding_idx)
             inputs.check_ids("RecGRELA.scores", "seen", self.config, items)
-            spans = self.repeat_bias.of_spans
-            if not torch.is_grad_enabled():
-                spans = self.repeat_bias.ranked_spans
-            bias = spans(items, begin, end)
+            if torch.is_grad_enabled():
+                bias = self.repeat_bias.of_spans(items, begin, end).listed()
+            else:
+                bias = self.repeat_bias.ranked_spans(items, begin, end)
             values = bias.values.to(scores.dtype)
             scores = scores.index_put((bias.rows(), bias.items), values, accumulate=True)
         if self.config.attend_padding:

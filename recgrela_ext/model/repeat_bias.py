@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import LogitBias, recent_items
+from ..ops import LogitBias, RecencyBias, recent_items
+from ..ops.recency_bias import buckets
 
 _UP_TO = (1, 2, 4, 8, 16, 32, 64, 128)  # the last bucket has no end
 _SCALE = 10.0  # Adam moves a weight by about the rate a step; a bias must get to -10 in an epoch
@@ -31,43 +32,37 @@ class RepeatBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(_UP_TO) + 1))
 
     def forward(self, recency: Tensor) -> Tensor:
-        """What training adds to a score, in the weight's dtype; recency [...] int64 from 1."""
-        return self._added(self.weight, recency)
+        """What training adds to a score, in the weight's dtype; recency [K] int64 from 1."""
+        return (_SCALE * self.weight).index_select(0, buckets(recency, _UP_TO))
 
-    @torch.no_grad()
     def ranked(self, recency: Tensor) -> Tensor:
         """What ranking adds to a score, as `forward` but for buckets that were never trained."""
-        trained = torch.where(self.weight != 0, torch.arange(len(self.weight)).to(self.weight), 0)
-        return self._added(self.weight[trained.cummax(0).values.long()], recency)
+        return self.ranked_values().index_select(0, buckets(recency, _UP_TO))
 
-    def _added(self, weight: Tensor, recency: Tensor) -> Tensor:
-        first = torch.arange(_UP_TO[-1] + 2, device=recency.device)  # beyond, all are the same
-        bucket = torch.bucketize(first, torch.tensor(_UP_TO, device=recency.device))
-        added = (_SCALE * weight).index_select(0, bucket)
-        # half the time of added[recency]
-        found = added.index_select(0, recency.clamp(max=len(first) - 1).flatten())
-        return found.view(recency.shape)
-
-    def of_spans(self, items: Tensor, begin: Tensor, end: Tensor) -> LogitBias:
+    def of_spans(self, items: Tensor, begin: Tensor, end: Tensor) -> RecencyBias:
         """For row r, what training adds for the items in `items[begin[r]:end[r]]`, oldest first.
 
         Args:
             items: item rows [T] int64.
             begin, end: bounds [R] int64 in 0..T; an empty span adds nothing.
-
-        Memory: about 30 bytes for each distinct item of each span; see `ops.recent_items`.
         """
-        offsets, items, recency = recent_items(items, begin, end)
-        return LogitBias(offsets, items, self(recency))
+        return RecencyBias(items, begin, end, _UP_TO, _SCALE * self.weight)
 
+    @torch.no_grad()
     def ranked_spans(self, items: Tensor, begin: Tensor, end: Tensor) -> LogitBias:
-        """As `of_spans`, what ranking adds; its values are float32."""
-        offsets, items, recency = recent_items(items, begin, end)
-        return LogitBias(offsets, items, self.ranked(recency).float())
+        """As `of_spans`, what ranking adds, item by item and in float32: it differs in buckets that
+        were never trained. Memory: about 30 bytes for each distinct item of each span."""
+        return RecencyBias(items, begin, end, _UP_TO, self.ranked_values().float()).listed()
+
+    @torch.no_grad()
+    def ranked_values(self) -> Tensor:
+        """What ranking adds in each bucket, [9]."""
+        trained = torch.where(self.weight != 0, torch.arange(len(self.weight)).to(self.weight), 0)
+        return _SCALE * self.weight[trained.cummax(0).values.long()]
 
     def of_windows(
         self, items: Tensor, cu_seqlens: Tensor, targets: Tensor, padding_idx: int
-    ) -> LogitBias:
+    ) -> RecencyBias:
         """For every position of windows laid end to end, the bias of what was met up to there.
 
         Args:

@@ -10,6 +10,7 @@ from .encoder_step import EncoderLayer, PackedEncoder, encoder_step, pack_encode
 from .feed_forward import feed_forward
 from .gated_rela import gated_rela
 from .gated_rela_step import gated_rela_step
+from .recency_bias import RecencyBias
 from .recent_items import recent_items
 from .reference import LogitBias, inv_freq
 from .rela import rela
@@ -20,6 +21,7 @@ __all__ = [
     "EncoderLayer",
     "LogitBias",
     "PackedEncoder",
+    "RecencyBias",
     "activation_dropout",
     "encoder_step",
     "feed_forward",

@@ -247,9 +247,8 @@ def check_softmax(
     ignore_index: Any,
     exclude: Any,
     gradients: Any = True,
-    bias: Any = None,
 ) -> None:
-    """Every argument of softmax_loss; the values of targets where they can be read for nothing."""
+    """Every argument of softmax_loss but its bias; the values of targets where that is free."""
     for name, x in (("hidden", hidden), ("table", table), ("targets", targets)):
         check_tensor(op, name, x)
         if x.device != hidden.device:
@@ -277,18 +276,11 @@ def check_softmax(
         raise ValueError(
             f"{op}: ignore_index must be a row of table to be excluded, got {ignore_index}"
         )
-    if bias is not None:
-        check_bias(op, bias, hidden)
-        if bias.values.dtype != hidden.dtype:
-            raise ValueError(
-                f"{op}: bias.values must have the dtype of hidden, {hidden.dtype}, "
-                f"got {bias.values.dtype}"
-            )
 
 
 def check_bias(op: str, bias: Any, hidden: Tensor) -> None:
     if not isinstance(bias, LogitBias):
-        raise TypeError(f"{op}: bias must be a LogitBias, got {shown(bias)}")
+        raise TypeError(f"{op}: bias must be a LogitBias or RecencyBias, got {shown(bias)}")
     for name, x in bias._asdict().items():
         check_tensor(op, f"bias.{name}", x)
         check_same_device(op, f"bias.{name}", x, hidden)

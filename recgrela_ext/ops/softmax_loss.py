@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _library
 from . import reference
 from .checks import check_bias_values, check_softmax
+from .recency_bias import RecencyBias, check_either
 from .reference import LogitBias
 
 
@@ -23,7 +24,7 @@ def softmax_loss(
     ignore_index: int = 0,
     exclude: bool = True,
     gradients: bool = True,
-    bias: LogitBias | None = None,
+    bias: LogitBias | RecencyBias | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean of -log softmax(hidden table^T)[targets] in nats, and its gradients, in one call.
 
@@ -34,7 +35,8 @@ def softmax_loss(
         ignore_index: see `targets`.
         exclude: row `ignore_index` of the table is no class.
         gradients: False leaves the gradients empty.
-        bias: what is added to the scores of some items of some rows, :class:`LogitBias`; -inf
+        bias: what is added to the scores of some items of some rows, item by item
+            (:class:`LogitBias`) or by how recently a row has met them (:class:`RecencyBias`); -inf
             leaves an item out, a row's target must stay finite.
 
     Returns:
@@ -46,28 +48,64 @@ def softmax_loss(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off.
     """
-    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude, gradients, bias)
-    hidden, table = hidden.detach(), table.detach()
+    check_softmax("softmax_loss", hidden, table, targets, ignore_index, exclude, gradients)
     if bias is not None:
-        bias = LogitBias(bias.offsets, bias.items, bias.values.detach())
+        check_either("softmax_loss", bias, hidden)
+        if bias.values.dtype != hidden.dtype:
+            raise ValueError(
+                f"softmax_loss: bias.values must have the dtype of hidden, {hidden.dtype}, "
+                f"got {bias.values.dtype}"
+            )
+        bias = bias._replace(values=bias.values.detach())
+    hidden, table = hidden.detach(), table.detach()
     if hidden.device.type != "cpu" or not _library.has_kernels(hidden.device):
-        if bias is not None:
-            check_bias_values("softmax_loss", bias, len(table))
-        return reference.softmax_loss(
-            hidden, table, targets, ignore_index, exclude, gradients, bias
-        )
+        return _plain(hidden, table, targets, ignore_index, exclude, gradients, bias)
     middle = exclude and 0 < ignore_index < len(table) - 1
     if middle:  # the kernel takes it for a class of probability 0; it may hold what is not finite
         table = table.index_fill(0, torch.tensor([ignore_index], device=table.device), 0.0)
     tensors = hidden.contiguous(), table.contiguous(), targets.contiguous()
     operator = torch.ops.recgrela.softmax_loss
-    added = (None,) * 3 if bias is None else [x.contiguous() for x in bias]
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _library.call(
-        operator, *tensors, ignore_index, exclude, gradients, *added
+        operator, *tensors, ignore_index, exclude, gradients, *_arguments(bias)
     )
     if middle and gradients:
         found[2][ignore_index] = 0.0  # also where a row's loss is not finite
     return found
+
+
+def _arguments(bias: LogitBias | RecencyBias | None) -> tuple[Tensor | None, ...]:
+    """Of the operator: offsets, items, values, begin, end, up_to."""
+    if bias is None:
+        return None, None, None
+    if isinstance(bias, LogitBias):
+        return bias.offsets.contiguous(), bias.items.contiguous(), bias.values.contiguous()
+    bounds = torch.tensor(bias.up_to, dtype=torch.int64)
+    tensors = (bias.items, bias.values, bias.begin, bias.end)
+    return None, *(x.contiguous() for x in tensors), bounds
+
+
+def _plain(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    exclude: bool,
+    gradients: bool,
+    bias: LogitBias | RecencyBias | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    listed, bucket = bias, None
+    if isinstance(bias, RecencyBias):
+        offsets, items, bucket = bias.entries()
+        listed = LogitBias(offsets, items, bias.values.index_select(0, bucket))
+    assert not isinstance(listed, RecencyBias)
+    if listed is not None:
+        check_bias_values("softmax_loss", listed, len(table))
+    loss, grad_hidden, grad_table, grad_bias = reference.softmax_loss(
+        hidden, table, targets, ignore_index, exclude, gradients, listed
+    )
+    if bias is not None and bucket is not None and gradients:
+        grad_bias = torch.zeros_like(bias.values).index_add(0, bucket, grad_bias)
+    return loss, grad_hidden, grad_table, grad_bias
 
 
 def _fake(
@@ -80,6 +118,9 @@ def _fake(
     bias_offsets: Tensor | None,
     bias_items: Tensor | None,
     bias_values: Tensor | None,
+    bias_begin: Tensor | None = None,
+    bias_end: Tensor | None = None,
+    bias_up_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = (0,)
     shapes = (hidden.shape, table.shape) if gradients else (none, none)

@@ -88,16 +88,20 @@ def test_bad_option(recgrela: Recgrela, tmp_path: Path, what: str) -> None:
     assert told in recgrela(*arguments).mistake
 
 
-def test_memory_of_a_long_history_is_that_of_its_distinct_items() -> None:
-    def check(num_items: int, longest: int) -> None:
-        config = RecGRELAConfig(num_items + 1, max_seq_len=10**7, repeat_bias=True)
-        _check_memory(config, TrainConfig(), "cpu", longest)
+def test_memory_of_a_long_history() -> None:
+    """None with the kernel; where it does not run, that of the distinct items, or of all."""
 
+    def check(num_items: int, longest: int, amp: str | None = None) -> None:
+        config = RecGRELAConfig(num_items + 1, max_seq_len=10**7, repeat_bias=True)
+        _check_memory(config, TrainConfig(amp=amp), "cpu", longest)
+
+    torch.set_num_threads(2)
     if "cpu" in KERNEL_DEVICES:
-        check(100, 90_000)
-    check(10**6, 1000)
-    with pytest.raises(ValueError, match=r"machine's memory of .* met .--no-repeat-bias spares it"):
         check(10**6, 10**7)
+        check(100, 90_000, "bfloat16")
+    check(10**6, 1000, "bfloat16")
+    with pytest.raises(ValueError, match=r"machine's memory of .* met .--no-repeat-bias spares it"):
+        check(10**6, 10**7, "bfloat16")
 
 
 def test_memory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,8 +168,10 @@ Outcome dropout(int threads, int64_t numel, bool gelu, bool backward) {
 
 // Scores and then the gradients of classes, chunk by chunk; as in softmax_loss.cpp more threads
 // have larger chunks. Every third row has no target.
+enum class Bias { kNone, kListed, kByRecency };
+
 template <class A>
-Outcome softmax(int threads, int64_t T, int64_t classes, int64_t masked, bool bias) {
+Outcome softmax(int threads, int64_t T, int64_t classes, int64_t masked, Bias bias) {
   constexpr int64_t width = 21, group = 2 * kLossTile, kGrain = 48;
   constexpr int64_t lanes = 64 / int64_t(sizeof(A)), stride = (width + lanes - 1) / lanes * lanes;
   const auto hidden = random<A>(T * width, 1);
@@ -185,7 +187,7 @@ Outcome softmax(int threads, int64_t T, int64_t classes, int64_t masked, bool bi
   std::vector<int64_t> offsets;
   for (int64_t t = 0; t <= T; ++t) offsets.push_back(2 * t);
   const auto items = below(classes, 2 * T, 3);
-  const auto values = random<A>(2 * T, 4);
+  const auto values = random<A>(2 * T + 5, 4);
   const int64_t chunk = std::min(threads * group, (count + kLossTile - 1) / kLossTile * kLossTile);
   auto scores = unwritten<A>(chunk * classes);
   std::vector<A> scaled(chunk * stride), grad_hidden(T * width), grad_bias(2 * T);
@@ -199,12 +201,30 @@ Outcome softmax(int threads, int64_t T, int64_t classes, int64_t masked, bool bi
   p.hidden = hidden.data(), p.class_rows = table.data();
   p.scores = scores.data(), p.scaled = scaled.data(), p.losses = losses.data();
   p.grad_hidden = grad_hidden.data(), p.grad_classes = grad_classes.data();
-  if (bias) {
+  if (bias == Bias::kListed) {
     p.bias_offsets = offsets.data(), p.bias_items = items.data();
     p.bias_values = values.data(), p.grad_bias = grad_bias.data();
   }
   const Kernels& level = kernels();
   const int64_t tile = level.loss_tile_rows(p);
+  // One log of T places, rows in windows of 50 of it.
+  const std::vector<int64_t> up_to{1, 2, 4, 20};
+  std::vector<int64_t> begins, ends;
+  std::vector<int32_t> of_class, next(T, INT32_MAX), last, latest(classes, -1);
+  for (int64_t t = 0; t < T; ++t) {
+    begins.push_back(t / 50 * 50), ends.push_back(t + 1);
+    int32_t& before = latest[items[t]];
+    of_class.push_back(items[t] == masked ? -1 : int32_t(items[t]));
+    last.push_back(before);
+    if (before >= 0) next[before] = int32_t(t);
+    before = int32_t(t);
+  }
+  std::vector<double> bucket_gradients((count + tile - 1) / tile * 5);
+  if (bias == Bias::kByRecency) {
+    p.span_begin = begins.data(), p.span_end = ends.data(), p.up_to = up_to.data();
+    p.place_class = of_class.data(), p.next_place = next.data(), p.last_place = last.data();
+    p.buckets = 5, p.bias_values = values.data(), p.bucket_gradients = bucket_gradients.data();
+  }
   const auto class_blocks = [](const SoftmaxLossParams& q, int64_t begin, int64_t end) {
     kernels().softmax_class_gradients(q, begin * kGrain, std::min(end * kGrain, q.classes));
   };
@@ -215,6 +235,7 @@ Outcome softmax(int threads, int64_t T, int64_t classes, int64_t masked, bool bi
   }
   Outcome found;
   found.add(losses), found.add(grad_hidden), found.add(grad_classes), found.add(grad_bias);
+  found.add(bucket_gradients);
   return found;
 }
 
@@ -276,8 +297,10 @@ void test(const std::string& type) {
   }
   for (int64_t rows : {1, 40, 700}) {
     for (int64_t masked : {-1, 30}) {
-      check("softmax_loss of " + std::to_string(rows) + ", " + type,
-            [=](int threads) { return softmax<A>(threads, rows, 150, masked, masked < 0); });
+      for (Bias bias : {Bias::kNone, Bias::kListed, Bias::kByRecency}) {
+        check("softmax_loss of " + std::to_string(rows) + ", " + type,
+              [=](int threads) { return softmax<A>(threads, rows, 150, masked, bias); });
+      }
     }
   }
   for (int64_t rows : {1, 65, 650}) {

@@ -150,6 +150,27 @@ def bias_arguments(draw: Draw, arguments: Arguments, whole: bool = False) -> Arg
     return dict(zip(names, (offsets, items, values), strict=True))
 
 
+def recency_arguments(draw: Draw, arguments: Arguments, whole: bool = False) -> Arguments:
+    """Of a bias by recency: windows of a log, or spans anywhere; if not `whole` now and then with a
+    place or a bound that cannot be."""
+    T, N = len(arguments["hidden"]), len(arguments["table"])
+    S = T if draw.flag() else draw.one_of([0, 1, 5, 70])
+    items = torch.randint(min(N, 1 + draw.below(140)), (S,))
+    if S == T:
+        end = torch.arange(1, T + 1)
+        begin = (end - 1) // (1 + draw.below(40)) * (1 + draw.below(3))
+    else:
+        begin, end = torch.randint(S + 1, (2, T))
+    up_to = draw.one_of([(), (1,), (1, 2, 4, 8, 16), (3, 30, 2**40), tuple(range(2, 20))])
+    if not whole and draw.below(8) == 0:
+        up_to = draw.one_of([(0, 1), (2, 2), (1.5,), [1, 2], (2**63,), None, tuple(range(1, 255))])
+    if not whole and draw.below(8) == 0 and S:
+        items[draw.below(S)] = draw.one_of([-1, N, 2**40, -(2**62)])
+    count = 1 + len(up_to) if up_to is not None else 1
+    values = torch.randn(count).to(arguments["hidden"].dtype)
+    return {"items": items, "begin": begin, "end": end, "up_to": up_to, "values": values}
+
+
 def spoiled(draw: Draw, name: str, x: Any) -> Any:
     """Another value of an argument: often wrong, sometimes only unusual."""
     action = draw.below(12)

@@ -12,6 +12,7 @@ from recgrela_ext.model import losses
 from recgrela_ext.ops import reference
 from recgrela_ext.ops.activation_dropout import activation_dropout
 from recgrela_ext.ops.encoder_step import encoder_step, reference_encoder_step
+from recgrela_ext.ops.softmax_loss import _plain
 from recgrela_ext.ops.topk_scores import reference_topk_scores
 from tests.fuzz import operator_arguments as make
 from tests.fuzz.draw import REFUSED, Draw
@@ -119,6 +120,19 @@ def softmax(draw: Draw) -> str:
         "softmax_loss",
         lambda: ops.softmax_loss(**arguments),
         lambda: reference.softmax_loss(**arguments),
+        getattr(arguments["hidden"], "dtype", None),
+        RULES["softmax_loss"](arguments),
+    )
+
+
+def by_recency(draw: Draw) -> str:
+    arguments = make.softmax_arguments(draw)
+    bias = ops.RecencyBias(**spoil_one(draw, make.recency_arguments(draw, arguments)))
+    arguments = spoil_one(draw, arguments) | {"bias": bias}
+    return compare(
+        "softmax_loss",
+        lambda: ops.softmax_loss(**arguments),
+        lambda: _plain(**arguments),
         getattr(arguments["hidden"], "dtype", None),
         RULES["softmax_loss"](arguments),
     )

@@ -232,7 +232,23 @@ def _state(state: Any, given: Arguments, B: int) -> bool:
     return all(_is(x, (d,), s) for x, d, s in zip(state, dtypes, shapes, strict=True))
 
 
+def _recency(bias: ops.RecencyBias, hidden: Tensor, N: int) -> bool:
+    items, begin, end, up_to, values = bias
+    whole, T = (torch.int64,), len(hidden)
+    if not _is(items, whole, None) or items.dim() != 1 or not _inside(items, N):
+        return False
+    if not (_is(begin, whole, (T,)) and _is(end, whole, (T,))):
+        return False
+    if not isinstance(up_to, tuple) or not all(_whole(x, 1, 2**63 - 1) for x in up_to):
+        return False
+    rising = list(up_to) == sorted(set(up_to)) and len(up_to) < 254
+    spans = ((begin >= end) | ((begin >= 0) & (end <= len(items)))).all()
+    return rising and bool(spans) and _is(values, (hidden.dtype,), (len(up_to) + 1,))
+
+
 def _bias(bias: Any, hidden: Tensor, N: int) -> bool:
+    if isinstance(bias, ops.RecencyBias):
+        return _recency(bias, hidden, N)
     if not isinstance(bias, ops.LogitBias):
         return False
     offsets, items, values = bias

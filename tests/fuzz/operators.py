@@ -24,6 +24,7 @@ CALLS = (
     raw.rela, raw.sequence_backward, raw.dropout_backward, raw.feed_forward_backward,
     public.sequence_gradients, public.dropout_gradients, public.feed_forward_gradients,
     public.rela_gradients, public.softmax_gradients, public.recent, raw.recent,
+    public.by_recency, raw.by_recency,
 )  # fmt: skip
 FREE = CALLS[len(CALLS) - 18 : 14]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from recgrela_ext import ops
 from recgrela_ext.ops import reference
 from recgrela_ext.ops.encoder_step import reference_encoder_step
+from recgrela_ext.ops.softmax_loss import _plain
 from recgrela_ext.ops.topk_scores import _distinct, reference_topk_scores
 from tests.fuzz import operator_arguments as make
 from tests.fuzz.draw import REFUSED, Draw
@@ -133,6 +134,21 @@ def softmax(draw: Draw) -> str:
         bias = [given.pop(f"bias_{name}") for name in ("offsets", "items", "values")]
         added = None if bias[0] is None else ops.LogitBias(*bias)
         return reference.softmax_loss(**given, bias=added)
+
+    return call_raw("softmax_loss", "softmax_loss", arguments, draw, plain)
+
+
+def by_recency(draw: Draw) -> str:
+    arguments = make.softmax_arguments(draw)
+    bias = make.recency_arguments(draw, arguments, whole=True)
+    up_to = bias["up_to"]
+    bias |= {"offsets": None, "up_to": torch.tensor(up_to, dtype=torch.int64)}
+    arguments |= {f"bias_{name}": x for name, x in bias.items()}
+
+    def plain(**given: Any) -> Any:
+        found = {name: given.pop(f"bias_{name}") for name in bias}
+        found.pop("offsets")
+        return _plain(**given, bias=ops.RecencyBias(**found | {"up_to": up_to}))
 
     return call_raw("softmax_loss", "softmax_loss", arguments, draw, plain)
 

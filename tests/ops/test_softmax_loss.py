@@ -269,7 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "int32": ({"targets": Y.int()}, TypeError, "targets must have dtype int64, got torch.int32"),
     "index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
     "excluded": ({"ignore_index": 5}, ValueError, "ignore_index must be a row of table to be exc"),
-    "tuple": ({"bias": (S, K, V)}, TypeError, r"bias must be a LogitBias, got \(tensor|.* a tuple"),
+    "tuple": ({"bias": (S, K, V)}, TypeError, r"bias must be a LogitBias or R|.* tuple"),
     "offsets": ({"bias": Bias(S[:2], K, V)}, ValueError, r"bias.offsets must have shape"),
     "items": ({"bias": Bias(S, K[:1], V)}, ValueError, r"bias.items and bias.values must"),
     "int": ({"bias": Bias(S, K.int(), V)}, TypeError, r"bias.items must have dtype int64"),
