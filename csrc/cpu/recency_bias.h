@@ -174,8 +174,9 @@ RECGRELA_NOINLINE void sum_recency_gradients(const SoftmaxLossParams& p, Recency
       }
     }
     for_buckets(p, tile, [&](int64_t c, int64_t i, int64_t bucket) {
-      const int64_t x = c * kLossRows<A> + i;
-      sums[bucket - 1] += double(tile.gradient[x]) * double(tile.factor[i]);
+      const A sum = tile.gradient[c * kLossRows<A> + i];
+      // a row that is not finite reaches its own buckets alone
+      if (sum != A(0)) sums[bucket - 1] += double(sum) * double(tile.factor[i]);
     });
   });
 }

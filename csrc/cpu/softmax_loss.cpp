@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
   check(hidden, table, targets, ignore_index, exclude);
   const bool bias = bias_values.has_value(), by_recency = bias_begin.has_value();
   RECGRELA_CHECK(bias == bias_items.has_value() &&
-                     bias == (bias_offsets.has_value() != by_recency) &&
+                     bias == (bias_offsets.has_value() || by_recency) &&
+                     !(bias_offsets.has_value() && by_recency) &&
                      by_recency == bias_end.has_value() && by_recency == bias_up_to.has_value(),
                  kOp,
                  ": bias must be given as offsets, items and values or as items, values, "

@@ -64,8 +64,10 @@ class RecGRELAConfig:
 
     `repeat_bias=True` adds a learned number to the score of each item the user has met, by how
     recently (`model.repeat_bias`; causal models alone; not in the paper). It is off here and on in
-    `RecGRELA.for_data` and `recgrela train`. On a GPU, without the compiled operators and under
-    autocast to bfloat16 the loss then takes time and memory that grow with the window's square.
+    `RecGRELA.for_data` and `recgrela train`. Where `ops.softmax_loss` does not run (on a GPU,
+    without the compiled operators, under torch.compile or autocast to bfloat16, for more than
+    500,000 items over the number of threads) the loss then takes time and memory that grow with the
+    square of the window.
 
     `max_seq_len` is the window used for training and evaluation; the causal model also takes longer
     input (learned positions repeat their last row beyond it). `repeat_share` is a fact about the

@@ -68,8 +68,8 @@ def softmax_loss(
             (`F.linear_cross_entropy`, torch >= 2.13).
         bias: what is added to the logits of some items of some rows, item by item or by recency;
             its values are differentiable. -inf leaves an item out; a target's logit must stay
-            finite. By recency, time and memory do not grow with what a row has met where
-            `ops.softmax_loss` runs; elsewhere it is listed item by item.
+            finite. By recency, `ops.softmax_loss` holds no list of what the rows have met, and rows
+            that follow each other in a window share the walk over it; elsewhere it is listed.
 
     Returns:
         Scalar in float32 (float64 for float64 input); 0 when no row has a target.
@@ -84,7 +84,9 @@ def softmax_loss(
     ignore_index = int(ignore_index)
     fused = method == "auto" and chunk_rows is None and _fits_kernel(hidden, table)
     if bias is not None and not fused:
-        bias = bias.listed() if isinstance(bias, ops.RecencyBias) else bias
+        if isinstance(bias, ops.RecencyBias):  # cast first: sums in bfloat16 stop growing
+            wide = bias.values.to(_score_dtype(hidden, table))
+            bias = bias._replace(values=wide).listed()
         check_bias_values("softmax_loss", bias, len(table))
     rows = None if fused else (targets != ignore_index).nonzero().squeeze(1)
     if method == "torch":

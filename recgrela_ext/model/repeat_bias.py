@@ -32,12 +32,12 @@ class RepeatBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(_UP_TO) + 1))
 
     def forward(self, recency: Tensor) -> Tensor:
-        """What training adds to a score, in the weight's dtype; recency [K] int64 from 1."""
-        return (_SCALE * self.weight).index_select(0, buckets(recency, _UP_TO))
+        """What training adds to a score, in the weight's dtype; recency [...] int64 from 1."""
+        return (_SCALE * self.weight)[buckets(recency, _UP_TO)]
 
     def ranked(self, recency: Tensor) -> Tensor:
         """What ranking adds to a score, as `forward` but for buckets that were never trained."""
-        return self.ranked_values().index_select(0, buckets(recency, _UP_TO))
+        return self.ranked_values()[buckets(recency, _UP_TO)]
 
     def of_spans(self, items: Tensor, begin: Tensor, end: Tensor) -> RecencyBias:
         """For row r, what training adds for the items in `items[begin[r]:end[r]]`, oldest first.

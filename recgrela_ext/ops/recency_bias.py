@@ -1,8 +1,8 @@
 """What is added to the logits of items by how recently a row has met them.
 
 Here: the tuple and its checks. `softmax_loss` takes it as it is on a CPU with kernels
-(csrc/cpu/recency_bias.h), in time and memory that do not grow with what a row has met; elsewhere
-item by item.
+(csrc/cpu/recency_bias.h): no list of what the rows have met is made, and rows that follow each
+other in a window share the walk over it. Elsewhere, item by item.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RecencyBias(NamedTuple):
 
 
 def buckets(recency: Tensor, up_to: tuple[int, ...]) -> Tensor:
-    """How many bounds in `up_to` are below each recency [K] int64: [K] int64."""
+    """How many bounds in `up_to` are below each recency, int64 of any shape: of that shape."""
     return torch.bucketize(recency, torch.tensor(up_to, dtype=torch.int64, device=recency.device))
 
 

@@ -1,8 +1,8 @@
 """softmax_loss: cross-entropy over all items and its gradients, a tile of scores at a time.
 
 Here: the public function and the fake kernel. The kernel is csrc/cpu/softmax_loss.cpp; what it
-computes, ops/reference.py. It has no autograd formula: its outputs are the gradients, and
-`model.losses.softmax_loss` hands them to autograd.
+computes, ops/reference.py, for which a bias by recency is listed. It has no autograd formula: its
+outputs are the gradients, and `model.losses.softmax_loss` hands them to autograd.
 """
 
 from __future__ import annotations

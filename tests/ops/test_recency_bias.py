@@ -34,8 +34,8 @@ def jumps(rows: int, n_items: int, length: int) -> tuple[Tensor, Tensor, Tensor]
     """Spans that grow by none, one or many places, in runs of about `length` rows."""
     steps = torch.tensor([0, 1, 1, 1, 2, 5, 40])[torch.randint(0, 7, (rows,))]
     run = torch.arange(rows) // length
-    end = steps.cumsum(0)
-    return torch.randint(0, n_items, (int(end[-1]),)), 3 * run.clamp(max=int(end[0]) // 3), end
+    end = 9 + steps.cumsum(0)
+    return torch.randint(0, n_items, (int(end[-1]),)), 3 * run.clamp(max=3), end
 
 
 def anywhere(rows: int, n_items: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +128,10 @@ def test_few_items_that_come_again_and_again(seed: int) -> None:
 def test_any_number_of_threads_and_any_strides() -> None:
     bias = make_bias("windows", 700, 90, 150, POWERS, torch.float32)
     hidden, table, targets = torch.randn(700, 16), torch.randn(90, 16), torch.randint(0, 90, (700,))
-    apart = ops.RecencyBias(*(x.repeat_interleave(2)[::2] for x in bias[:3]), *bias[3:])
+    items, begin, end, values = (
+        x.repeat_interleave(2)[::2] for x in (bias.items, bias.begin, bias.end, bias.values)
+    )
+    apart = ops.RecencyBias(items, begin, end, bias.up_to, values)
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -142,6 +145,7 @@ def test_any_number_of_threads_and_any_strides() -> None:
 @pytest.mark.parametrize("chunk_rows", [None, 7])
 def test_autograd(chunk_rows: int | None) -> None:
     """The same from `model.losses`, by the kernel and item by item."""
+    torch.set_num_threads(1)
     bias = make_bias("windows", 200, 50, 60, POWERS, torch.float64)
     leaves = [
         x.requires_grad_()
@@ -166,6 +170,27 @@ def test_an_item_can_be_left_out() -> None:
     assert loss.isfinite()
     assert grad[0] == 0
     assert grad[1] > 0
+
+
+def test_a_row_that_is_not_finite_reaches_its_own_buckets_alone() -> None:
+    end = torch.arange(1, 41).clamp(max=3)
+    bias = ops.RecencyBias(torch.tensor([1, 2, 3]), end - end, end, (1, 2), torch.zeros(3))
+    hidden, table = torch.randn(40, 4), torch.randn(6, 4)
+    hidden[0] = torch.nan
+    grad = ops.softmax_loss(hidden, table, torch.full((40,), 5), bias=bias)[3]
+    assert grad.isnan().tolist() == [True, False, False]
+
+
+def test_bfloat16_values_are_summed_in_float32() -> None:
+    rows, dtype = 400, torch.bfloat16
+    bias = make_bias("windows", rows, 300, 200, (1, 2, 4), dtype)
+    values = bias.values.requires_grad_()
+    hidden, table = torch.randn(rows, 8).to(dtype), torch.randn(300, 8).to(dtype)
+    targets = torch.randint(1, 300, (rows,))
+    loss = losses.softmax_loss(hidden, table, targets, chunk_rows=64, bias=bias)
+    (got,) = torch.autograd.grad(loss, values)
+    want = expected(hidden, table, targets, 0, True, bias)[3]
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.kernels
@@ -247,6 +272,7 @@ def test_a_raw_call_is_checked() -> None:
         ((None, items, values, begin, end, None), "got some of them"),
         ((begin, items, values, begin, end, up_to), "got some of them"),
         ((None, None, None, begin, end, up_to), "got some of them"),
+        ((begin, None, None, begin, end, up_to), "got some of them"),
         ((None, items, torch.ones(0), begin, end, up_to), "K from 1 to 254"),
         ((None, items, values, begin, end, up_to[:1]), "bias.up_to must have shape [2]"),
         ((None, items, values, begin, end, up_to.flip(0)), "must rise from 1 or more"),
