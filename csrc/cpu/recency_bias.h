@@ -20,8 +20,7 @@ struct RecencyTile {
   uint16_t* code;       // [classes], all 0 between runs
   int32_t* members;     // [classes]: those with a code
   uint8_t* bucket;      // [codes, kLossRows]: 0 not met, else the bucket, from 1
-  A* added;             // [codes, kLossRows]: what comes to the scores
-  A* gradient;          // [codes, kLossRows]
+  A* of_code;           // [codes, kLossRows]: what comes to the scores, or sums of differences
   int64_t* bound;       // [buckets - 1]: where the item met up_to[k]-th last stands
   A* factor;            // [kLossRows]: of a row's differences to its gradient
   int64_t first, last;  // rows of the run: [first, last)
@@ -34,8 +33,7 @@ void take_recency_tile(const SoftmaxLossParams& p, Scratch& memory, RecencyTile<
   tile.code = memory.take<uint16_t>(p.classes);
   tile.members = memory.take<int32_t>(p.classes);
   tile.bucket = memory.take<uint8_t>(codes * kLossRows<A>);
-  tile.added = memory.take<A>(codes * kLossRows<A>);
-  tile.gradient = memory.take<A>(codes * kLossRows<A>);
+  tile.of_code = memory.take<A>(codes * kLossRows<A>);
   tile.bound = memory.take<int64_t>(p.buckets);
   tile.factor = memory.take<A>(kLossRows<A>);
 }
@@ -136,24 +134,33 @@ RECGRELA_INLINE void for_buckets(const SoftmaxLossParams& p, const RecencyTile<A
   }
 }
 
+// Calls f(rows of its code, rows of the class in `scores`) for every class that has a code.
+template <class A, class B, class F>
+RECGRELA_INLINE void for_members(const RecencyTile<A>& tile, B* scores, F&& f) {
+  for (int64_t m = 0; m < tile.num_members; ++m) {
+    const int64_t j = tile.members[m];
+    f(tile.of_code + tile.code[j] * kLossRows<A>, scores + j * kLossRows<A>);
+  }
+}
+
+template <class A>
+RECGRELA_INLINE void add_rows(const A* from, A* to) {
+  for (int v = 0; v < 2; ++v, to += kLanes<A>, from += kLanes<A>) {
+    store_vector(load_vector(to) + load_vector(from), to);
+  }
+}
+
 // scores += bias, of all rows of a tile of scores [classes, kLossRows].
 template <class A>
 RECGRELA_NOINLINE void add_recency_bias(const SoftmaxLossParams& p, RecencyTile<A>& tile, A* scores,
                                         int64_t first, int64_t rows) {
   const A* values = static_cast<const A*>(p.bias_values);
   for_runs(p, tile, first, rows, [&] {
-    for (int64_t x = 0; x < tile.num_codes * kLossRows<A>; ++x) tile.added[x] = A(0);
+    for (int64_t x = 0; x < tile.num_codes * kLossRows<A>; ++x) tile.of_code[x] = A(0);
     for_buckets(p, tile, [&](int64_t c, int64_t i, int64_t bucket) {
-      tile.added[c * kLossRows<A> + i] = values[bucket - 1];
+      tile.of_code[c * kLossRows<A> + i] = values[bucket - 1];
     });
-    for (int64_t m = 0; m < tile.num_members; ++m) {
-      const int64_t j = tile.members[m];
-      const A* from = tile.added + tile.code[j] * kLossRows<A>;
-      A* to = scores + j * kLossRows<A>;
-      for (int v = 0; v < 2; ++v, to += kLanes<A>, from += kLanes<A>) {
-        store_vector(load_vector(to) + load_vector(from), to);
-      }
-    }
+    for_members(tile, scores, [](const A* own, A* score) { add_rows(own, score); });
   });
 }
 
@@ -164,17 +171,10 @@ RECGRELA_NOINLINE void sum_recency_gradients(const SoftmaxLossParams& p, Recency
                                              const A* differences, int64_t first, int64_t rows,
                                              double* sums) {
   for_runs(p, tile, first, rows, [&] {
-    for (int64_t x = 0; x < tile.num_codes * kLossRows<A>; ++x) tile.gradient[x] = A(0);
-    for (int64_t m = 0; m < tile.num_members; ++m) {
-      const int64_t j = tile.members[m];
-      const A* from = differences + j * kLossRows<A>;
-      A* to = tile.gradient + tile.code[j] * kLossRows<A>;
-      for (int v = 0; v < 2; ++v, to += kLanes<A>, from += kLanes<A>) {
-        store_vector(load_vector(to) + load_vector(from), to);
-      }
-    }
+    for (int64_t x = 0; x < tile.num_codes * kLossRows<A>; ++x) tile.of_code[x] = A(0);
+    for_members(tile, differences, [](A* own, const A* difference) { add_rows(difference, own); });
     for_buckets(p, tile, [&](int64_t c, int64_t i, int64_t bucket) {
-      const A sum = tile.gradient[c * kLossRows<A> + i];
+      const A sum = tile.of_code[c * kLossRows<A> + i];
       // a row that is not finite reaches its own buckets alone
       if (sum != A(0)) sums[bucket - 1] += double(sum) * double(tile.factor[i]);
     });

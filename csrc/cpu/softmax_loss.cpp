@@ -17,6 +17,7 @@ namespace {
 constexpr const char* kOp = "softmax_loss";
 constexpr int64_t kGroupRows = 256, kFewestRows = 64;
 constexpr int64_t kChunkScores = int64_t{1} << 24;  // 64 MiB of float32
+constexpr int64_t kMostBuckets = 254;               // a byte each in recency_bias.h
 
 void check(const Tensor& hidden, const Tensor& table, const Tensor& targets, int64_t ignore_index,
            bool exclude) {
@@ -57,8 +58,6 @@ void check_bias(const Tensor& hidden, int64_t n_items, const Tensor& offsets, co
                    n_items - 1, ", got ", rows[k]);
   }
 }
-
-constexpr int64_t kMostBuckets = 254;  // a byte each in recency_bias.h
 
 // A bias by recency; see SoftmaxLossParams. The values of its tensors are checked too.
 void check_recency(const Tensor& hidden, int64_t n_items, const Tensor& items, const Tensor& values,
@@ -152,16 +151,20 @@ void copy_rows(const void* from, int64_t from_width, void* to, int64_t to_width,
   }
 }
 
+void store_number(double x, bool is_double, void* to, int64_t at) {
+  if (is_double) {
+    static_cast<double*>(to)[at] = x;
+  } else {
+    static_cast<float*>(to)[at] = static_cast<float>(x);
+  }
+}
+
 // The tiles' sums of the gradients of every bucket, in the order of the tiles.
 void sum_buckets(const std::vector<double>& tiles, int64_t buckets, bool is_double, void* to) {
   for (int64_t b = 0; b < buckets; ++b) {
     double sum = 0.0;
     for (std::size_t x = b; x < tiles.size(); x += buckets) sum += tiles[x];
-    if (is_double) {
-      static_cast<double*>(to)[b] = sum;
-    } else {
-      static_cast<float*>(to)[b] = static_cast<float>(sum);
-    }
+    store_number(sum, is_double, to, b);
   }
 }
 
@@ -295,11 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_cpu(
   double total = 0.0;
   for (double x : losses) total += x;
   total /= static_cast<double>(std::max<int64_t>(p.num_rows, 1));
-  if (p.is_double) {
-    *static_cast<double*>(loss.mutable_data_ptr()) = total;
-  } else {
-    *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total);
-  }
+  store_number(total, p.is_double, loss.mutable_data_ptr(), 0);
   if (gradients && p.num_rows > 0) {
     if (padded) {
       char* to = row_of(grad_table.mutable_data_ptr(), classes.first, width, element);

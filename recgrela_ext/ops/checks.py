@@ -28,7 +28,7 @@ def check_tensor(op: str, name: str, x: Any) -> None:
         raise ValueError(f"{op}: {name} must be a dense tensor, got {got}")
 
 
-def _shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:
+def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(
             f"{op}: {name} must have shape {words} = {list(shape)}, got {list(x.shape)}"
@@ -85,7 +85,7 @@ def check_parameters(
     check_tensor(op, "inv_freq", inv_freq)
     if inv_freq.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: inv_freq must have dtype float64 or float32, got {inv_freq.dtype}")
-    _shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
+    check_shape(op, "inv_freq", inv_freq, (H, D // 2), "[H, D/2]")
     check_same_device(op, "inv_freq", inv_freq, q)
     # A large one times the number of keys would leave float32.
     if not (isinstance(eps, (float, int)) and 0 <= eps <= 1):
@@ -108,7 +108,7 @@ def check_parameters(
             raise ValueError(f"{op}: {name} must have a floating dtype, got {x.dtype}")
         check_same_device(op, name, x, q)
     if conv_bias is not None:
-        _shape(op, "conv_bias", conv_bias, (H * D,), "[H*D]")
+        check_shape(op, "conv_bias", conv_bias, (H * D,), "[H*D]")
     return conv_weight.shape[1]
 
 
@@ -129,7 +129,7 @@ def check_state(op: str, name: str, state: Any, q: Tensor, B: int, width: int) -
     for x, (part, shape, words, dtype) in zip(state, parts, strict=True):
         label = f"{name} {part}"
         check_tensor(op, label, x)
-        _shape(op, label, x, shape, words)
+        check_shape(op, label, x, shape, words)
         if x.dtype != dtype:
             raise ValueError(f"{op}: {label} must have dtype {dtype}, got {x.dtype}")
         check_same_device(op, label, x, q)
@@ -168,7 +168,7 @@ def check_sequence(
             raise ValueError(f"{op}: {name} must have dtype int64 or int32, got {x.dtype}")
         check_same_device(op, name, x, q)
     if lengths is not None:
-        _shape(op, "lengths", lengths, (B,), "[B]")
+        check_shape(op, "lengths", lengths, (B,), "[B]")
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(
@@ -190,7 +190,7 @@ def check_dropout(op: str, x: Any, residual: Any, gelu: Any, p: Any, seed: Any) 
         )
     if residual is not None:
         check_tensor(op, "residual", residual)
-        _shape(op, "residual", residual, tuple(x.shape), "of x")
+        check_shape(op, "residual", residual, tuple(x.shape), "of x")
         _like(op, "residual", residual, "x", x)
     if not isinstance(gelu, bool):
         raise TypeError(f"{op}: gelu must be True or False, got {shown(gelu)}")
@@ -232,7 +232,7 @@ def check_feed_forward(
         rest["residual"] = (residual, (N, C))
     for name, (tensor, shape) in rest.items():
         check_tensor(op, name, tensor)
-        _shape(op, name, tensor, shape, "of x and first_weight")
+        check_shape(op, name, tensor, shape, "of x and first_weight")
         _like(op, name, tensor, "x", x)
     _share(op, p)
     _int64(op, "inner_seed", inner_seed)
@@ -265,7 +265,7 @@ def check_softmax(
         raise ValueError(
             f"{op}: table must have the dtype of hidden, {hidden.dtype}, got {table.dtype}"
         )
-    _shape(op, "targets", targets, (hidden.shape[0],), "of the rows")
+    check_shape(op, "targets", targets, (hidden.shape[0],), "of the rows")
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must have dtype int64, got {targets.dtype}")
     _int64(op, "ignore_index", ignore_index)
@@ -285,7 +285,7 @@ def check_bias(op: str, bias: Any, hidden: Tensor) -> None:
         check_tensor(op, f"bias.{name}", x)
         check_same_device(op, f"bias.{name}", x, hidden)
     offsets, items, values = bias
-    _shape(op, "bias.offsets", offsets, (hidden.shape[0] + 1,), "of the rows and one")
+    check_shape(op, "bias.offsets", offsets, (hidden.shape[0] + 1,), "of the rows and one")
     if items.dim() != 1 or values.shape != items.shape:
         raise ValueError(
             f"{op}: bias.items and bias.values must have one shape [K], got {list(items.shape)} "

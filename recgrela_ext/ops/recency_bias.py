@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import shown
-from .checks import check_bias, check_same_device, check_tensor
+from .checks import check_bias, check_same_device, check_shape, check_tensor
 from .recent_items import recent_items
 from .reference import LogitBias
 
@@ -66,11 +66,7 @@ def check_either(op: str, bias: Any, hidden: Tensor) -> None:
         if name != "values" and x.dtype != torch.int64:
             raise TypeError(f"{op}: bias.{name} must have dtype int64, got {x.dtype}")
     for name in ("begin", "end"):
-        if tensors[name].shape[0] != hidden.shape[0]:
-            raise ValueError(
-                f"{op}: bias.{name} must have shape of the rows = [{hidden.shape[0]}], got "
-                f"{list(tensors[name].shape)}"
-            )
+        check_shape(op, f"bias.{name}", tensors[name], (hidden.shape[0],), "of the rows")
     if not values.is_floating_point():
         raise ValueError(f"{op}: bias.values must have a floating dtype, got {values.dtype}")
     whole = isinstance(up_to, tuple) and all(type(x) is int and x < 2**63 for x in up_to)

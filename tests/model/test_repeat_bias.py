@@ -145,12 +145,13 @@ def test_gradcheck() -> None:
     items = torch.tensor([1, 2, 1, 3, 2, 2, 4])
     bounds, targets = torch.tensor([0, 4, 7]), torch.tensor([1, 3, 0, 4, 1, 2, 3])
     hidden, table = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 6))
-    bias = RepeatBias().double()
+    bias = RepeatBias()
+    del bias.weight  # for any tensor in its place
     weight = torch.randn(9, dtype=torch.float64, requires_grad=True)
 
     def loss(h: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        added = bias.of_windows(items, bounds, targets, 0)._replace(values=10 * w)
-        return softmax_loss(h, t, targets, bias=added)
+        bias.weight = w
+        return softmax_loss(h, t, targets, bias=bias.of_windows(items, bounds, targets, 0))
 
     assert torch.autograd.gradcheck(loss, (hidden, table, weight))
 
